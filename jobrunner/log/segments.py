@@ -1,0 +1,169 @@
+"""The files of a log: where a segment begins, what its index covers, and bounded reads of both.
+
+A read that could reach the disk is first tried with RWF_NOWAIT (preadv2(2)): the event loop reads what the page cache holds, and
+whoever gets BlockingIOError does the same read again in a thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobrunner.job import Stream
+from jobrunner.output import Chunk
+
+RECORD = struct.Struct("<QqIIQ")
+DATA, GAP, END = 1, 2, 3
+STREAMS = {1: Stream.STDOUT, 2: Stream.STDERR}
+INDEX_PAGE = 128
+"""Index records read at once: 4 KiB."""
+BLOCK = 16384 * 4 - 64
+"""Chunks end at multiples of this, so that all readers cut a log into the same chunks. With its 5-byte prefix and the message's
+tags a block fills four HTTP/2 frames of 16 KiB and no fifth."""
+CACHE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of an index."""
+
+    end: int
+    time_ns: int
+    kind: int
+    stream: int
+    lost: int
+
+
+def list_segments(directory: Path) -> list[int]:
+    """First offsets of the segments that are there, in order. A segment counts once its index exists."""
+    names = [name.removesuffix(".idx") for name in os.listdir(directory) if name.endswith(".idx")]
+    return sorted(int(name, 16) for name in names if len(name) == 16)
+
+
+def segment_path(directory: Path, base: int) -> Path:
+    return directory / f"{base:016x}"
+
+
+def read_at(fd: int, size: int, offset: int, nowait: bool) -> bytes:
+    """Up to `size` bytes at `offset`; fewer only at the end of the file. BlockingIOError if `nowait` and the disk would be read."""
+    parts: list[bytes] = []
+    while size > 0:
+        part = _read_nowait(fd, size, offset) if nowait else os.pread(fd, size, offset)
+        if not part:
+            break
+        parts.append(part)
+        offset += len(part)
+        size -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _read_nowait(fd: int, size: int, offset: int) -> bytes:
+    buffer = bytearray(size)
+    try:
+        count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+    except OSError as exc:
+        if exc.errno != errno.EOPNOTSUPP:  # tmpfs before 6.x: always in memory, so a plain read does not block
+            raise
+        return os.pread(fd, size, offset)
+    return bytes(memoryview(buffer)[:count])
+
+
+class Segment:
+    """One open segment: its two files, and the page of index records last read."""
+
+    def __init__(self, directory: Path, base: int) -> None:
+        """Open both files. FileNotFoundError if retention has taken the segment away."""
+        path = segment_path(directory, base)
+        self.base = base
+        self._index = os.open(f"{path}.idx", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._data = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            os.close(self._index)
+            raise
+        self._page: list[Record] = []
+        self._page_start = 0
+
+    def __repr__(self) -> str:
+        return f"<Segment {self.base:016x}>"
+
+    def close(self) -> None:
+        os.close(self._index)
+        os.close(self._data)
+
+    def record(self, number: int, nowait: bool) -> Record | None:
+        """The index record of this number, None if it is not there yet. A partial last record is not there."""
+        position = number - self._page_start
+        if not 0 <= position < len(self._page):
+            raw = read_at(self._index, INDEX_PAGE * RECORD.size, number * RECORD.size, nowait)
+            whole = len(raw) - len(raw) % RECORD.size
+            self._page = [Record(*fields) for fields in RECORD.iter_unpack(raw[:whole])]
+            self._page_start, position = number, 0
+        return self._page[position] if self._page else None
+
+    def records(self) -> int:
+        """How many whole records the index has now."""
+        return os.fstat(self._index).st_size // RECORD.size
+
+    def find(self, offset: int, nowait: bool) -> int:
+        """The number of the first record that ends after `offset`; the count of records if none does yet."""
+        low, high = 0, self.records()
+        while low < high:
+            middle = (low + high) // 2
+            raw = read_at(self._index, RECORD.size, middle * RECORD.size, nowait)
+            if RECORD.unpack(raw)[0] <= offset:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def data(self, offset: int, size: int, nowait: bool) -> bytes:
+        """Bytes of the log at an offset; what the index covers is there in full."""
+        return read_at(self._data, size, offset - self.base, nowait)
+
+
+def last_end(directory: Path) -> tuple[int, int]:
+    """(first offset that is still there, end offset) of a log; (0, 0) if there is none yet."""
+    bases = list_segments(directory)
+    for base in reversed(bases):
+        segment = Segment(directory, base)
+        try:
+            count = segment.records()
+            record = segment.record(count - 1, nowait=False) if count else None
+        finally:
+            segment.close()
+        if record is not None:
+            return bases[0], record.end
+    return (bases[0], bases[0]) if bases else (0, 0)
+
+
+class ChunkCache:
+    """Chunks read last, of all logs of one runner, for the other readers that come to the same offset: bounded by bytes.
+
+    An entry is the chunk and the number of the index record that the byte after it is in. A chunk never changes; what was read at
+    the live end of a log is just shorter than what could be read there later.
+    """
+
+    def __init__(self, limit: int = CACHE_BYTES) -> None:
+        self._limit = limit
+        self._size = 0
+        self._entries: OrderedDict[tuple[str, int], tuple[Chunk, int]] = OrderedDict()
+
+    def get(self, log: str, offset: int) -> tuple[Chunk, int] | None:
+        entry = self._entries.get((log, offset))
+        if entry is not None:
+            self._entries.move_to_end((log, offset))
+        return entry
+
+    def put(self, log: str, chunk: Chunk, next_record: int) -> None:
+        key = (log, chunk.offset)
+        old = self._entries.pop(key, None)
+        self._size += len(chunk.data) - (len(old[0].data) if old else 0)
+        self._entries[key] = (chunk, next_record)
+        while self._size > self._limit:
+            _, (dropped, _) = self._entries.popitem(last=False)
+            self._size -= len(dropped.data)

@@ -1,0 +1,58 @@
+# Everything that is done to this checkout; `make` alone lists it. Needs Python 3.11 or later, pip, make and cc.
+
+PYTHON ?= python3
+VENV ?= .venv
+export PYTHONDONTWRITEBYTECODE = 1
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+SHIM := jobrunner/shim/jobrunner-shim
+SHIM_SOURCES := $(wildcard jobrunner/shim/*.c jobrunner/shim/*.h)
+SOURCES := jobrunner cli tests dev-certs scripts hatch_build.py
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+
+.PHONY: help venv shim lock proto check format test demo clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+venv: $(STAMP) $(if $(SHIM_SOURCES),$(SHIM)) ## the environment, in .venv/
+
+$(STAMP): requirements.lock pyproject.toml hatch_build.py
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --require-hashes --no-deps --prefer-binary -r requirements.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	$(BIN)/pip check --disable-pip-version-check --quiet
+	@touch $@
+
+shim: venv ## compile the shim, if its sources have changed
+
+$(SHIM): $(SHIM_SOURCES) hatch_build.py | $(STAMP)
+	$(BIN)/python hatch_build.py
+
+lock: ## pin the newest versions of everything in requirements.lock (needs uv)
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header \
+		--all-extras --group dev --output-file requirements.lock pyproject.toml
+
+proto: venv ## generate the messages from protos/
+	$(BIN)/python scripts/generate_protos.py
+
+check: venv ## style, types, layers, and whether the generated code is fresh
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/generate_protos.py --check
+
+format: venv ## put the sources into the one format
+	$(BIN)/ruff check --fix-only --quiet
+	$(BIN)/ruff format
+
+test: venv ## every test but the benchmarks; in CI a skip is a failure
+	$(BIN)/pytest
+
+demo: venv ## the original design's examples, over mutual TLS; needs root
+	@scripts/demo.sh $(BIN)
+
+clean: ## remove what was made
+	rm -rf $(VENV) $(SHIM) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

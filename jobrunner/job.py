@@ -127,10 +127,10 @@ class Limits:
 
     def __post_init__(self) -> None:
         _check_number("limits.cpus", self.cpus, 0.01, 4096.0)
-        _check_number("limits.memory", self.memory, MIN_MEMORY, MAX_SIZE)
-        _check_number("limits.pids", self.pids, 2, 1 << 22)
+        _check_count("limits.memory", self.memory, MIN_MEMORY, MAX_SIZE)
+        _check_count("limits.pids", self.pids, 2, 1 << 22)
         for name in ("read_bps", "write_bps", "read_iops", "write_iops", "open_files", "tmp_size", "output_limit"):
-            _check_number(f"limits.{name}", getattr(self, name), 1, MAX_SIZE)
+            _check_count(f"limits.{name}", getattr(self, name), 1, MAX_SIZE)
         _check_number("limits.timeout", self.timeout, 0.001, MAX_SECONDS)
         _check_number("limits.idle_timeout", self.idle_timeout, 0.001, MAX_SECONDS)
 
@@ -158,6 +158,12 @@ def _check_number(name: str, value: float | None, low: float, high: float) -> No
         raise InvalidRequest(name, f"{value!r} is not a number")
     if not low <= value <= high:
         raise InvalidRequest(name, f"{value} is not between {low} and {high}")
+
+
+def _check_count(name: str, value: int | None, low: int, high: int) -> None:
+    _check_number(name, value, low, high)
+    if value is not None and not isinstance(value, int):
+        raise InvalidRequest(name, f"{value!r} is not a whole number")
 
 
 @dataclass(frozen=True, slots=True)

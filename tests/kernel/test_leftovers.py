@@ -1,0 +1,69 @@
+"""Nothing is left after 200 jobs: processes, cgroups, mounts, file descriptors, threads, tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from tests.support.runner import cgroup_directories, open_runner, processes_with, run, shell
+
+from jobrunner import JobSpec, Limits, StartFailed
+
+KINDS = [
+    shell("echo out; echo err >&2"),
+    shell("exit 3"),
+    shell("kill -KILL $$"),
+    shell("setsid sleep 1000 & exit 0"),
+    JobSpec("sleep", ("100",), limits=Limits(timeout=0.05)),
+    JobSpec("/no/such/command"),
+    shell("head -c 300000 /dev/urandom"),
+    JobSpec("sleep", ("100",)),
+]
+
+
+def state() -> dict[str, object]:
+    return {
+        "fds": len(os.listdir("/proc/self/fd")),
+        "mounts": Path("/proc/self/mountinfo").read_text(),
+        "shims": processes_with("jobrunner-shim"),
+        "zombies": [pid for pid in os.listdir("/proc") if pid.isdigit() and is_my_zombie(pid)],
+        "tasks": len(asyncio.all_tasks()),
+    }
+
+
+def is_my_zombie(pid: str) -> bool:
+    try:
+        fields = Path("/proc", pid, "stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return False
+    return fields[0] == "Z" and fields[1] == str(os.getpid())
+
+
+@pytest.mark.timeout(120)
+async def test_nothing_is_left_after_200_jobs(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        await run(runner, JobSpec("true"))
+        before = state()
+
+        async def one(number: int) -> str | None:
+            try:
+                job = await runner.start(KINDS[number % len(KINDS)])
+            except StartFailed:
+                return None
+            if number % len(KINDS) == len(KINDS) - 1:
+                await job.stop(grace=0.1)
+            await job.wait()
+            return job.job_id
+
+        job_ids: list[str | None] = []
+        for start in range(0, 200, 20):
+            job_ids += await asyncio.gather(*(one(number) for number in range(start, start + 20)))
+        assert state() == before
+        assert len([job_id for job_id in job_ids if job_id]) == 175
+        directories = {path.rsplit("/", 1)[-1] for path in cgroup_directories("jobs")}
+        assert directories.isdisjoint({job_id for job_id in job_ids if job_id})
+        assert list((tmp_path / "state" / "running").iterdir()) == []
+        assert threading.active_count() < 50

@@ -1,0 +1,122 @@
+"""Limits by effect: each of them is met by a real job that goes past it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import anyio
+from tests.support.runner import open_runner, run, run_output, shell
+
+from jobrunner import JobSpec, Limits
+
+MIB = 1 << 20
+
+
+def python(code: str, **fields: object) -> JobSpec:
+    return JobSpec(sys.executable, ("-c", code), **fields)  # type: ignore[arg-type]
+
+
+async def test_a_64_mib_limit_kills_a_128_mib_job_and_says_why(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        info = await run(runner, python("x = b'x' * (128 << 20); print(len(x))", limits=Limits(memory=64 * MIB)))
+    assert (info.status, info.end_reason) == ("failed", "oom_killed")
+    assert info.message.startswith(f"out of memory: the limit is {64 * MIB} bytes")
+    assert info.usage.memory_peak is not None
+    assert 48 * MIB < info.usage.memory_peak <= 64 * MIB
+    assert info.usage.oom_kills
+
+
+async def test_a_job_below_its_memory_limit_is_not_killed(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        info = await run(runner, python("x = b'x' * (32 << 20)", limits=Limits(memory=64 * MIB)))
+    assert info.status == "completed"
+
+
+async def test_an_oom_kill_of_a_child_ends_the_whole_job(tmp_path: Path) -> None:
+    bomb = f"{sys.executable} -c \"x = b'x' * (128 << 20)\"; sleep 0.5; echo went on"
+    async with open_runner(tmp_path) as runner:
+        info, data = await run_output(runner, shell(bomb, limits=Limits(memory=64 * MIB)))
+    assert info.end_reason == "oom_killed"
+    assert b"went on" not in data
+
+
+async def test_a_pids_limit_stops_a_fork_bomb(tmp_path: Path) -> None:
+    bomb = python(
+        "import os, time\n"
+        "n = 0\n"
+        "try:\n"
+        "    while True:\n"
+        "        if os.fork() == 0: time.sleep(100)\n"
+        "        n += 1\n"
+        "except BlockingIOError: print(n, flush=True)",
+        limits=Limits(pids=20),
+    )
+    async with open_runner(tmp_path) as runner:
+        info, data = await run_output(runner, bomb)
+    assert info.status == "completed"
+    assert int(data) == 18  # of 20 tasks pid 1 of the job is one and the command itself another
+
+
+async def test_two_spinning_processes_under_half_a_cpu_use_half_a_cpu(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        job = await runner.start(shell("while :; do :; done & while :; do :; done", limits=Limits(cpus=0.5)))
+        first, before = _cpu(job.info()), time.monotonic()
+        await anyio.sleep(10)
+        used, wall = _cpu(job.info()) - first, time.monotonic() - before
+        info = await job.stop(grace=0)
+    assert abs(used / wall - 0.5) < 0.05
+    assert info.usage.throttled is not None
+    assert info.usage.throttled > 1
+
+
+def _cpu(info: object) -> float:
+    usage = info.usage  # type: ignore[attr-defined]
+    return float(usage.cpu_user + usage.cpu_system)
+
+
+async def test_a_write_limit_holds_for_direct_writes(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    script = f"dd if=/dev/zero of={target} bs=1M count=20 oflag=direct 2>/dev/null"
+    async with open_runner(tmp_path) as runner:
+        free = await run(runner, shell(script, limits=Limits(write_bps=1 << 40)))
+        held = await run(runner, shell(script, limits=Limits(write_bps=10 * MIB)))
+    assert free.usage.wall is not None
+    assert held.usage.wall is not None
+    assert free.usage.wall < 1
+    assert 1.6 < held.usage.wall < 3
+    assert held.usage.write_bytes is not None
+    assert held.usage.write_bytes >= 20 * MIB
+
+
+async def test_a_read_limit_holds_for_direct_reads(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_bytes(b"x" * 20 * MIB)
+    script = f"sync {target}; dd if={target} of=/dev/null bs=1M iflag=direct 2>/dev/null"
+    async with open_runner(tmp_path) as runner:
+        held = await run(runner, shell(script, limits=Limits(read_bps=10 * MIB)))
+    assert held.usage.wall is not None
+    assert 1.6 < held.usage.wall < 3
+
+
+async def test_open_files_are_limited(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        _, data = await run_output(runner, shell("ulimit -n", limits=Limits(open_files=123)))
+    assert data == b"123\n"
+
+
+async def test_the_servers_defaults_always_apply(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        info = await run(runner, JobSpec("true"))
+    limits = info.limits
+    assert (limits.cpus, limits.memory, limits.pids) == (1.0, 1 << 30, 512)
+    assert (limits.read_bps, limits.write_bps) == (100_000_000, 100_000_000)
+
+
+async def test_a_flood_of_output_is_paid_for_by_the_job(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        job = await runner.start(shell("exec yes", limits=Limits(cpus=0.2, timeout=3)))
+        info = await job.wait()
+    assert info.end_reason == "deadline"
+    assert info.log_end < 1 << 30

@@ -19,9 +19,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SHIM = "jobrunner/shim/jobrunner-shim"
 FLAGS = (
-    "-std=gnu11 -O2 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -fstack-protector-strong -Wall -Wextra -Werror "
-    "-Wl,-z,relro,-z,now,-z,noexecstack -s"
-).split()
+    *("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"),
+    *("-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-fstack-protector-strong"),
+    *("-Wl,-z,relro,-z,now,-z,noexecstack", "-s"),
+)
 LINKAGES = (("-fPIE", "-static-pie"), ("-static",), ("-fPIE", "-pie"))
 """From the best to what every libc allows; static because a dynamic loader costs each job time and private memory."""
 
@@ -64,6 +65,7 @@ def _linkage(compiler: list[str], scratch: Path) -> tuple[str, ...]:
     """The first of LINKAGES with which this compiler and libc can link a program."""
     probe = scratch / "probe.c"
     probe.write_text("int main(void) { return 0; }\n")
+    reason = ""
     for linkage in LINKAGES:
         command = [*compiler, *FLAGS, *linkage, "-o", str(scratch / "probe"), str(probe)]
         try:
@@ -72,7 +74,8 @@ def _linkage(compiler: list[str], scratch: Path) -> tuple[str, ...]:
             sys.exit(f"cannot compile shim: {compiler[0]}: {error.strerror} (install a C compiler and libc's headers)")
         if done.returncode == 0:
             return linkage
-    sys.exit(f"cannot compile shim: {compiler[0]} links no program: {done.stderr.strip()}")
+        reason = done.stderr.strip()
+    sys.exit(f"cannot compile shim: {compiler[0]} links no program: {reason}")
 
 
 if __name__ == "__main__":

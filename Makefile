@@ -2,13 +2,13 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+TESTS ?=
 export PYTHONDONTWRITEBYTECODE = 1
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 SHIM := jobrunner/shim/jobrunner-shim
 SHIM_SOURCES := $(wildcard jobrunner/shim/*.c jobrunner/shim/*.h)
-SOURCES := jobrunner cli tests dev-certs scripts hatch_build.py
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .PHONY: help venv shim lock proto check format test demo clean
@@ -49,9 +49,11 @@ format: venv ## put the sources into the one format
 	$(BIN)/ruff format
 
 test: venv ## every test but the benchmarks; in CI a skip is a failure
-	$(BIN)/pytest
+	JOBRUNNER_MUST_RUN=$(if $(filter true,$(CI)),1) $(BIN)/pytest $(TESTS)
 
-demo: venv ## the original design's examples, over mutual TLS; needs root
+demo: ## the original design's examples, over mutual TLS; needs root
+	@test "$$(id -u)" = 0 || { echo "cannot run the demo: jobs need root (namespaces, cgroups); run: sudo make demo" >&2; exit 1; }
+	@$(MAKE) --no-print-directory venv
 	@scripts/demo.sh $(BIN)
 
 clean: ## remove what was made

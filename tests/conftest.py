@@ -1,0 +1,51 @@
+"""What every test may rely on: `requires`, and skips that fail where everything must run.
+
+    pytestmark = pytest.mark.requires("root", "cgroup:memory")
+
+skips on a host that lacks one of them. With JOBRUNNER_MUST_RUN=1 (`make test` sets it where CI=true) every skip is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+MUST_RUN = os.environ.get("JOBRUNNER_MUST_RUN") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", 'requires(*names): "root", "cgroup:CONTROLLER", "command:NAME"; skipped where one lacks')
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("requires"):
+        for name in mark.args:
+            if not _has(name):
+                pytest.skip(f"this host lacks {name}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if MUST_RUN and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} must run, and was skipped: {report.longrepr}"
+    return report
+
+
+def _has(name: str) -> bool:
+    kind, _, detail = name.partition(":")
+    if kind == "root":
+        return os.geteuid() == 0
+    if kind == "cgroup":
+        controllers = {line.split(":")[1] for line in Path("/proc/self/cgroup").read_text().splitlines()}
+        unified = Path("/sys/fs/cgroup/cgroup.controllers")
+        on_v2 = unified.read_text().split() if unified.exists() else []
+        return detail in {word for words in controllers for word in words.split(",")} or detail in on_v2
+    if kind == "command":
+        return shutil.which(detail) is not None
+    raise pytest.UsageError(f'requires: "{name}" is not known')

@@ -13,6 +13,7 @@
     ├── StopFailed                  the host: the job's processes do not go away
     ├── LimitReached                a bound of the server was met; says which
     ├── HostError                   the host lacks what jobs need; says the remedy
+    ├── ConfigError                 a setting, or a file that it names, on this side; says which and what is wrong with it
     ├── Unavailable                 the server is away or draining; try again later
     ├── Timeout                     the caller's own deadline passed
     ├── Unsupported                 the other side is too old to know this
@@ -30,6 +31,7 @@ import os
 __all__ = [
     "AccessError",
     "CallerError",
+    "ConfigError",
     "HostError",
     "InternalError",
     "InvalidRequest",
@@ -142,6 +144,15 @@ class LimitReached(JobRunnerError):
 
 class HostError(JobRunnerError):
     """The host lacks what jobs need; the message ends with the remedy."""
+
+
+class ConfigError(JobRunnerError):
+    """A setting, or a file that it names, cannot be used. `what` is the file or variable, `reason` begins with the key if there is one."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(f"cannot read {what}: {reason}")
+        self.what = what
+        self.reason = reason
 
 
 class Unavailable(JobRunnerError):

@@ -1,0 +1,282 @@
+"""The server's settings, and the one place where they are read.
+
+A key is looked for on the command line, then in the environment (`JOBRUNNERD_` and its name in capitals), then in the TOML file,
+and has its default otherwise. Limits are set in the file alone, in the tables `[defaults]` and `[ceilings]`. What is not known is
+refused, so that no misspelt limit is silently off. Relative paths in the file start at the file's directory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from jobrunner.errors import ConfigError, InvalidRequest
+from jobrunner.job import Limits
+from jobrunner.units import parse_address, parse_duration, parse_size
+
+__all__ = ["DEFAULTS", "RunnerConfig", "ServerConfig", "load"]
+
+PREFIX = "JOBRUNNERD_"
+CONFIG_VARIABLE = "JOBRUNNERD_CONFIG"
+DEFAULTS = Limits(cpus=1.0, memory=1 << 30, pids=512, read_bps=100_000_000, write_bps=100_000_000)
+NO_LIMITS = Limits()
+CGROUP_LIMITS = ("cpus", "memory", "pids", "read_bps", "write_bps", "read_iops", "write_iops")
+"""The limits that a cgroup holds: a host may lack one of them."""
+LOG_LEVELS = ("debug", "info", "warning", "error")
+_KUBERNETES = re.compile(r"JOBRUNNERD_(SERVICE_HOST|SERVICE_PORT.*|PORT(_.*)?)")
+"""Set in every pod of a namespace that has a service named jobrunnerd; none of them is ours."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerConfig:
+    """The library's settings."""
+
+    state_dir: Path
+    node: str = ""
+    """This host's name in every job's info; empty means what gethostname(2) says."""
+    cgroup_parent: str = ""
+    """A path in every cgroup hierarchy; empty means the server's own cgroup."""
+    defaults: Limits = DEFAULTS
+    ceilings: Limits = NO_LIMITS
+    grace: float = 10.0
+    """Seconds between the stop signal and the kill, for jobs that do not say."""
+    max_running: int = 1000
+    segment_bytes: int = 16 << 20
+    allow_missing: tuple[str, ...] = ()
+    """Names of limits that this host may lack, `read_bps` for instance."""
+
+    def __post_init__(self) -> None:
+        if not self.node:
+            object.__setattr__(self, "node", socket.gethostname())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The server's settings: the library's and the network's."""
+
+    runner: RunnerConfig
+    ca: Path
+    cert: Path
+    key: Path
+    listen: str = "127.0.0.1:7443"
+    """HOST:PORT or [ADDRESS]:PORT; port 0 is any free one."""
+    viewer_output: bool = True
+    """Whether viewers may read output, not only state."""
+    max_message: int = 4 << 20
+    """Bytes of one request."""
+    max_connections: int = 512
+    max_pending_handshakes: int = 64
+    handshake_timeout: float = 5.0
+    max_streams_per_connection: int = 100
+    send_timeout: float = 60.0
+    """Seconds after which a stream whose peer takes nothing is ended."""
+    log_level: str = "info"
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of `listen`."""
+        return parse_address(self.listen)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
+    if "\0" in value:
+        raise ValueError("has a NUL")
+    return value
+
+
+def _path(value: object) -> Path:
+    text = os.fspath(value) if isinstance(value, Path) else _text(value)
+    if not text:
+        raise ValueError("is empty")
+    return Path(text)
+
+
+def _listen(value: object) -> str:
+    parse_address(_text(value))
+    return _text(value)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{value!r} is not a number")
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{value!r} is not a number") from None
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
+def _size(value: object) -> int:
+    return parse_size(value) if isinstance(value, str) else _whole(value)
+
+
+def _seconds(value: object) -> float:
+    return parse_duration(value) if isinstance(value, str) else _number(value)
+
+
+def _flag(value: object) -> bool:
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    flag = known.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(flag, bool):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return flag
+
+
+def _limit_names(value: object) -> tuple[str, ...]:
+    names = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(names, list | tuple):
+        raise ValueError(f"{value!r} is not a list of names")
+    for name in names:
+        if name not in CGROUP_LIMITS:
+            raise ValueError(f"{name!r} is none of {', '.join(CGROUP_LIMITS)}")
+    return tuple(names)
+
+
+def _log_level(value: object) -> str:
+    if _text(value).lower() not in LOG_LEVELS:
+        raise ValueError(f"{value!r} is none of {', '.join(LOG_LEVELS)}")
+    return _text(value).lower()
+
+
+def _between(convert: Callable[[object], Any], low: float, high: float) -> Callable[[object], Any]:
+    def checked(value: object) -> Any:
+        number = convert(value)
+        if not low <= number <= high:
+            raise ValueError(f"{value} is not between {low} and {high}")
+        return number
+
+    return checked
+
+
+KEYS: Mapping[str, Callable[[object], Any]] = {
+    "state_dir": _path,
+    "node": _text,
+    "cgroup_parent": _text,
+    "grace": _between(_seconds, 0, 86400),
+    "max_running": _between(_whole, 1, 1_000_000),
+    "segment_bytes": _between(_size, 4096, 1 << 40),
+    "allow_missing": _limit_names,
+    "ca": _path,
+    "cert": _path,
+    "key": _path,
+    "listen": _listen,
+    "viewer_output": _flag,
+    "max_message": _between(_size, 65536, 1 << 30),
+    "max_connections": _between(_whole, 1, 1_000_000),
+    "max_pending_handshakes": _between(_whole, 1, 1_000_000),
+    "handshake_timeout": _between(_seconds, 0.1, 3600),
+    "max_streams_per_connection": _between(_whole, 1, 1_000_000),
+    "send_timeout": _between(_seconds, 0.1, 86400),
+    "log_level": _log_level,
+}
+"""Every key, and how its value is read, from whichever place."""
+
+LIMIT_KEYS: Mapping[str, Callable[[object], Any]] = {
+    "cpus": _number,
+    "memory": _size,
+    "pids": _whole,
+    "read_bps": _size,
+    "write_bps": _size,
+    "read_iops": _whole,
+    "write_iops": _whole,
+    "open_files": _whole,
+    "timeout": _seconds,
+    "idle_timeout": _seconds,
+}
+"""The keys of `[defaults]` and `[ceilings]`. `none` means no limit."""
+
+REQUIRED = ("state_dir", "ca", "cert", "key")
+
+
+def load(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> ServerConfig:
+    """Read the settings: `overrides` are the command line's, a value of None there means that it was not given.
+
+    Without `toml_file`, the file that JOBRUNNERD_CONFIG names, if it names one. Raises ConfigError: place, key, reason.
+    """
+    if toml_file is None and environ.get(CONFIG_VARIABLE):
+        toml_file = Path(environ[CONFIG_VARIABLE])
+    found, limits = _from_file(toml_file) if toml_file else ({}, {})
+    found |= _from_environment(environ)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    found |= dict(_converted("the command line", given, KEYS))
+    for key in REQUIRED:
+        if key not in found:
+            where = f"configuration {toml_file}" if toml_file else "configuration"
+            raise ConfigError(where, f"{key}: is not set; give --{key.replace('_', '-')} or {PREFIX}{key.upper()}")
+    own = {field.name for field in fields(ServerConfig)}
+    runner = RunnerConfig(**{key: value for key, value in found.items() if key not in own}, **limits)
+    return ServerConfig(runner=runner, **{key: value for key, value in found.items() if key in own})
+
+
+def _from_file(file: Path) -> tuple[dict[str, Any], dict[str, Limits]]:
+    what = f"configuration {file}"
+    try:
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(what, exc.strerror or str(exc)) from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(what, str(exc)) from exc
+    given = {name: raw.pop(name, {}) for name in ("defaults", "ceilings")}
+    found = dict(_converted(what, raw, KEYS))
+    base = file.absolute().parent
+    found |= {key: base / value for key, value in found.items() if isinstance(value, Path)}
+    return found, _limits(what, given)
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    given = {
+        name.removeprefix(PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.startswith(PREFIX) and name != CONFIG_VARIABLE and not _KUBERNETES.fullmatch(name)
+    }
+    return dict(_converted("the environment", given, KEYS, name_of=lambda key: PREFIX + key.upper()))
+
+
+def _limits(what: str, given: Mapping[str, object]) -> dict[str, Limits]:
+    tables = {}
+    for name, table in given.items():
+        if not isinstance(table, dict):
+            raise ConfigError(what, f"{name}: is not a table")
+        unset = {key for key, value in table.items() if value == "none"}
+        base = {field.name: getattr(DEFAULTS, field.name) for field in fields(Limits)} if name == "defaults" else {}
+        values = dict(
+            _converted(what, {k: v for k, v in table.items() if k not in unset}, LIMIT_KEYS, name_of=f"{name}.{{}}".format)
+        )
+        for key in unset - set(LIMIT_KEYS):
+            raise ConfigError(what, f"{name}.{key}: is not known")
+        try:
+            tables[name] = Limits(**base | values | dict.fromkeys(unset))
+        except InvalidRequest as exc:
+            raise ConfigError(what, f"{name}.{exc.field.removeprefix('limits.')}: {exc.reason}") from exc
+    for key in LIMIT_KEYS:
+        default, ceiling = (getattr(tables[name], key) for name in ("defaults", "ceilings"))
+        if None not in (default, ceiling) and default > ceiling:
+            raise ConfigError(what, f"defaults.{key}: {default} is above ceilings.{key}, {ceiling}")
+    return tables
+
+
+def _converted(
+    what: str, given: Mapping[str, object], keys: Mapping[str, Callable[[object], Any]], name_of: Callable[[str], str] = str
+) -> Iterator[tuple[str, Any]]:
+    for key, value in given.items():
+        if key not in keys:
+            raise ConfigError(what, f"{name_of(key)}: is not known")
+        try:
+            yield key, keys[key](value)
+        except ValueError as exc:
+            raise ConfigError(what, f"{name_of(key)}: {exc}") from exc

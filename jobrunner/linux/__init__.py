@@ -1,0 +1,1 @@
+"""Thin typed kernel calls: cgroups, disks, inotify, facts of the host."""

@@ -1,0 +1,94 @@
+"""Cgroups of jobs: one protocol, two implementations (`cgroup_v1` for v1 and hybrid hosts, `cgroup_v2`), and which of them this host needs.
+
+Everything may be called on the event loop: it is mkdir, rmdir and small reads and writes of kernfs. Nothing here writes a pid to
+`cgroup.procs` of a running host (that waits for an RCU grace period); processes are born into their cgroup or enter it themselves.
+
+    BASE = the server's own cgroup, or the configured parent, and below it a name of the state directory's own
+    BASE/jobs/<id>        one directory for each hierarchy on v1; {shim, job} below it on v2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from jobrunner.errors import HostError
+from jobrunner.linux.mountinfo import cgroup_mounts, own_cgroups
+
+if TYPE_CHECKING:
+    from jobrunner.job import Limits, Usage
+    from jobrunner.linux.disk import Disk
+
+__all__ = ["CgroupHost", "JobCgroup", "detect"]
+
+
+class JobCgroup(Protocol):
+    """One job's place in the tree, its limits applied."""
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """Directories by hierarchy, for job.json; enough for `CgroupHost.reopen`."""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What is not limited, or not in full; one sentence each."""
+
+    def launch_items(self) -> list[tuple[str, str]]:
+        """Items for the shim's item list (docs/formats.md): where the shim and init go, `oom-control`, counters."""
+
+    def usage(self) -> Usage:
+        """What the job uses now, by the same counters that the shim is given."""
+
+    def kill(self) -> None:
+        """SIGKILL everything in it: the sweep after a dead shim. Does not wait."""
+
+    def remove(self) -> bool:
+        """Remove its directories; False if one is still busy, which it may be for a moment after the last process."""
+
+    async def removed(self, timeout: float = 5.0) -> bool:
+        """`remove`, again and again for `timeout` seconds; False if it is still busy then."""
+
+
+class CgroupHost(Protocol):
+    """This host's cgroup tree below BASE. Detected once."""
+
+    @property
+    def version(self) -> str:
+        """`v1`, `hybrid` or `v2`."""
+
+    def create(
+        self,
+        job_id: str,
+        limits: Limits,
+        disks: Sequence[Disk] = (),
+        allow_missing: Collection[str] = (),
+        explicit: Collection[str] = (),
+    ) -> JobCgroup:
+        """Make a job's cgroup with these limits; when it fails, nothing is left of it.
+
+        A limit that cannot be applied raises LimitNotApplied, unless its name is in `allow_missing`, or it is one of disk I/O, no disk is
+        there and its name is not in `explicit` (the caller's own wishes): then `missing` tells. HostError if the tree cannot be used.
+        """
+
+    def reopen(self, job_id: str, paths: Mapping[str, str]) -> JobCgroup:
+        """The cgroup of a job that a server before this one made; with no `paths`, the ones that `create` would make."""
+
+    def leftovers(self) -> list[str]:
+        """Ids of the jobs that have a directory below BASE."""
+
+    def close(self) -> None:
+        """Remove BASE if no job is left in it; it is made again when it is needed."""
+
+
+def detect(parent: str, base_name: str) -> CgroupHost:
+    """The host's cgroup tree: `parent` is a path in every hierarchy, "" for this process's own cgroup. HostError if there is none."""
+    from jobrunner.linux.cgroup_v1 import CONTROLLERS, CgroupV1Host  # the implementations know the protocol, not the reverse
+    from jobrunner.linux.cgroup_v2 import CgroupV2Host
+
+    mounts = cgroup_mounts()
+    own = own_cgroups()
+    if any(name in mounts for name in CONTROLLERS):
+        return CgroupV1Host(mounts, own, parent, base_name)
+    if "" in mounts:
+        return CgroupV2Host(mounts[""], own.get("", "/"), parent, base_name)
+    raise HostError("cannot limit jobs: no cgroup file system is mounted; mount cgroup2 on /sys/fs/cgroup")

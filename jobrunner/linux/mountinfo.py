@@ -1,0 +1,96 @@
+"""/proc/self/mountinfo and /proc/self/cgroup (proc_pid_mountinfo(5), cgroups(7)), parsed."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+__all__ = ["CgroupMount", "Mount", "cgroup_mounts", "mount_of", "own_cgroups", "parse_mountinfo", "read_mountinfo"]
+
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of mountinfo."""
+
+    root: str
+    """The directory of the file system that is mounted."""
+    point: str
+    fstype: str
+    source: str
+    options: tuple[str, ...]
+    """Of the file system (super options)."""
+
+    def option(self, name: str) -> str | None:
+        """The value of `name=value`."""
+        return next((option[len(name) + 1 :] for option in self.options if option.startswith(f"{name}=")), None)
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupMount:
+    """A cgroup hierarchy: where it is mounted, and which of its directories that is."""
+
+    point: str
+    root: str
+
+    def directory(self, path: str) -> str:
+        """The directory of the cgroup `path`, a path as /proc/self/cgroup has it."""
+        below = os.path.relpath(path, self.root)
+        # A path outside of the mount is that of another cgroup namespace; what is mounted is then the best that is known.
+        return self.point if below == "." or below.startswith("..") else f"{self.point}/{below}"
+
+
+def parse_mountinfo(raw: bytes) -> list[Mount]:
+    """The mounts, in order; lines that are none are skipped."""
+    mounts = []
+    for line in raw.splitlines():
+        left, separator, right = line.partition(b" - ")
+        fields, tail = left.split(b" "), right.split(b" ")
+        if separator and len(fields) >= 6 and len(tail) >= 3:
+            root, point, fstype, source = (_text(field) for field in (fields[3], fields[4], tail[0], tail[1]))
+            mounts.append(Mount(root, point, fstype, source, tuple(_text(tail[2]).split(","))))
+    return mounts
+
+
+def _text(field: bytes) -> str:
+    return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field))
+
+
+def read_mountinfo() -> list[Mount]:
+    """The mounts of this process."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        return parse_mountinfo(file.read())
+
+
+def mount_of(path: str, mounts: list[Mount]) -> Mount | None:
+    """The mount that a path without symbolic links is on."""
+    best: Mount | None = None
+    for mount in mounts:
+        prefix = mount.point.rstrip("/")
+        if (path == prefix or path.startswith(f"{prefix}/")) and (best is None or len(mount.point) >= len(best.point)):
+            best = mount  # the later of two on one point hides the earlier
+    return best
+
+
+def cgroup_mounts(mounts: list[Mount] | None = None) -> dict[str, CgroupMount]:
+    """Cgroup hierarchies by controller, `name=...` for a named one, "" for v2. The first mount of each counts."""
+    found: dict[str, CgroupMount] = {}
+    for mount in read_mountinfo() if mounts is None else mounts:
+        if mount.fstype in ("cgroup", "cgroup2"):
+            for name in mount.options if mount.fstype == "cgroup" else ("",):
+                found.setdefault(name, CgroupMount(mount.point, mount.root))
+    return found
+
+
+def own_cgroups(raw: str | None = None) -> dict[str, str]:
+    """This process's cgroup path by controller, "" for v2."""
+    if raw is None:
+        with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+            raw = file.read()
+    paths: dict[str, str] = {}
+    for line in raw.splitlines():
+        _, controllers, path = line.split(":", 2)
+        paths.update(dict.fromkeys(controllers.split(","), path))
+    return paths

@@ -213,13 +213,13 @@ def load(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[
     found, limits = _from_file(toml_file) if toml_file else ({}, {})
     found |= _from_environment(environ)
     given = {key: value for key, value in overrides.items() if value is not None}
-    found |= dict(_converted("the command line", given, KEYS))
+    found |= limits | dict(_converted("the command line", given, KEYS))
     for key in REQUIRED:
         if key not in found:
             where = f"configuration {toml_file}" if toml_file else "configuration"
             raise ConfigError(where, f"{key}: is not set; give --{key.replace('_', '-')} or {PREFIX}{key.upper()}")
     own = {field.name for field in fields(ServerConfig)}
-    runner = RunnerConfig(**{key: value for key, value in found.items() if key not in own}, **limits)
+    runner = RunnerConfig(**{key: value for key, value in found.items() if key not in own})
     return ServerConfig(runner=runner, **{key: value for key, value in found.items() if key in own})
 
 
@@ -254,9 +254,8 @@ def _limits(what: str, given: Mapping[str, object]) -> dict[str, Limits]:
             raise ConfigError(what, f"{name}: is not a table")
         unset = {key for key, value in table.items() if value == "none"}
         base = {field.name: getattr(DEFAULTS, field.name) for field in fields(Limits)} if name == "defaults" else {}
-        values = dict(
-            _converted(what, {k: v for k, v in table.items() if k not in unset}, LIMIT_KEYS, name_of=f"{name}.{{}}".format)
-        )
+        given_values = {key: value for key, value in table.items() if key not in unset}
+        values = dict(_converted(what, given_values, LIMIT_KEYS, name_of=f"{name}.{{}}".format))
         for key in unset - set(LIMIT_KEYS):
             raise ConfigError(what, f"{name}.{key}: is not known")
         try:

@@ -1,7 +1,7 @@
-"""Cgroups of jobs: one protocol, two implementations (`cgroup_v1` for v1 and hybrid hosts, `cgroup_v2`), and which of them this host needs.
+"""Cgroups of jobs: one protocol, and two implementations, `cgroup_v1` (v1 and hybrid hosts) and `cgroup_v2`.
 
-Everything may be called on the event loop: it is mkdir, rmdir and small reads and writes of kernfs. Nothing here writes a pid to
-`cgroup.procs` of a running host (that waits for an RCU grace period); processes are born into their cgroup or enter it themselves.
+Everything may be called on the event loop: it is mkdir, rmdir and small reads and writes of kernfs. No pid is written to
+`cgroup.procs`, which waits for an RCU grace period: processes are born into their cgroup or enter it themselves.
 
     BASE = the server's own cgroup, or the configured parent, and below it a name of the state directory's own
     BASE/jobs/<id>        one directory for each hierarchy on v1; {shim, job} below it on v2
@@ -66,8 +66,9 @@ class CgroupHost(Protocol):
     ) -> JobCgroup:
         """Make a job's cgroup with these limits; when it fails, nothing is left of it.
 
-        A limit that cannot be applied raises LimitNotApplied, unless its name is in `allow_missing`, or it is one of disk I/O, no disk is
-        there and its name is not in `explicit` (the caller's own wishes): then `missing` tells. HostError if the tree cannot be used.
+        A limit that cannot be applied raises LimitNotApplied. Two exceptions, which `missing` tells: its name is in `allow_missing`;
+        or it is of disk I/O, there is no disk, and it is a default (`explicit` has the names of the limits that the caller set).
+        HostError if the tree cannot be used.
         """
 
     def reopen(self, job_id: str, paths: Mapping[str, str]) -> JobCgroup:
@@ -81,7 +82,7 @@ class CgroupHost(Protocol):
 
 
 def detect(parent: str, base_name: str) -> CgroupHost:
-    """The host's cgroup tree: `parent` is a path in every hierarchy, "" for this process's own cgroup. HostError if there is none."""
+    """The host's cgroup tree. `parent`: a path in every hierarchy, "" for this process's own cgroup. HostError if there is none."""
     from jobrunner.linux.cgroup_v1 import CONTROLLERS, CgroupV1Host  # the implementations know the protocol, not the reverse
     from jobrunner.linux.cgroup_v2 import CgroupV2Host
 

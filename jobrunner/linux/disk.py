@@ -45,7 +45,7 @@ def disks_under(paths: Iterable[str | os.PathLike[str]], sys: Path = SYS) -> lis
 
 def _disks_of(path: str, asked: str, sys: Path) -> list[Disk]:
     try:
-        number = os.stat(path).st_dev
+        number = Path(path).stat().st_dev
     except OSError as exc:
         return [Disk("", asked, f"{asked}: {exc.strerror}")]
     if os.major(number):
@@ -57,12 +57,12 @@ def _disks_of(path: str, asked: str, sys: Path) -> list[Disk]:
 def _disks_of_mount(mount: Mount, asked: str, sys: Path) -> list[Disk]:
     """A file system with an anonymous device number: major 0, which no disk has."""
     upper = mount.option("upperdir")
-    if mount.fstype == "overlay" and upper and os.path.isdir(upper):
+    if mount.fstype == "overlay" and upper and Path(upper).is_dir():
         # A symbolic loop of overlays cannot be: each one's upper directory is older than itself.
         return _disks_of(os.path.realpath(upper), asked, sys)
     if mount.source.startswith("/dev/"):
         try:
-            status = os.stat(mount.source)
+            status = Path(mount.source).stat()
         except OSError as exc:
             return [Disk("", asked, f"{asked} is on {mount.source}: {exc.strerror}")]
         if stat.S_ISBLK(status.st_mode):

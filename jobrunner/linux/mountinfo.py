@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = ["CgroupMount", "Mount", "cgroup_mounts", "mount_of", "own_cgroups", "parse_mountinfo", "read_mountinfo"]
 
@@ -60,8 +61,7 @@ def _text(field: bytes) -> str:
 
 def read_mountinfo() -> list[Mount]:
     """The mounts of this process."""
-    with open("/proc/self/mountinfo", "rb") as file:
-        return parse_mountinfo(file.read())
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
 
 
 def mount_of(path: str, mounts: list[Mount]) -> Mount | None:
@@ -87,8 +87,7 @@ def cgroup_mounts(mounts: list[Mount] | None = None) -> dict[str, CgroupMount]:
 def own_cgroups(raw: str | None = None) -> dict[str, str]:
     """This process's cgroup path by controller, "" for v2."""
     if raw is None:
-        with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
-            raw = file.read()
+        raw = os.fsdecode(Path("/proc/self/cgroup").read_bytes())
     paths: dict[str, str] = {}
     for line in raw.splitlines():
         _, controllers, path = line.split(":", 2)

@@ -1,0 +1,5 @@
+"""`python -m jobrunner_cli`."""
+
+from jobrunner_cli.main import main
+
+main()

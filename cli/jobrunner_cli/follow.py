@@ -1,0 +1,123 @@
+"""A job's output to this process's own, byte by byte, and `run`: start, follow, stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import anyio
+
+from jobrunner.errors import InternalError
+from jobrunner.job import EndReason, Gap, JobInfo, JobSpec, Stream
+from jobrunner_cli.exitcodes import INTERRUPTED, OutputFailed, job_exit_code
+from jobrunner_cli.session import warn
+from jobrunner_cli.show import ending
+from jobrunner_cli.writer import STDERR, STDOUT, OutputClosed, OutputWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jobrunner.client import ClientJob, JobClient
+    from jobrunner.output import End, OutputReader
+
+__all__ = ["copy_output", "run_job"]
+
+FD = {Stream.STDOUT: STDOUT, Stream.STDERR: STDERR}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+async def copy_output(reader: OutputReader) -> End:
+    """Write all that a reader gives; returns when it is written. Gaps are told on standard error."""
+    _keep_heap()
+    writer = OutputWriter()
+    async with reader:
+        async for part in reader:
+            if isinstance(part, Gap):
+                text = f"jobrunner: bytes {part.first} to {part.last} of the output are not there: {part.reason}\n"
+                await writer.write(STDERR, text.encode())
+            else:
+                await writer.write(FD[part.stream], part.data)
+    await writer.drain()
+    if reader.end is None:
+        raise InternalError("cannot read log: it stopped without its end")
+    return reader.end
+
+
+async def run_job(client: JobClient, spec: JobSpec) -> int:
+    """Start a job, copy its output, and return the exit code that stands for its end.
+
+    The first SIGINT or SIGTERM stops the job and its output is followed to its end; the second leaves at once.
+    """
+    with _interrupts() as interrupted:
+        job = await client.start(spec)
+        try:
+            info = await _follow(job, interrupted)
+        except (OutputClosed, OutputFailed):
+            # What it writes goes nowhere: it ends, as it would have ended on this host.
+            await job.stop()
+            raise
+    if info.end_reason != EndReason.EXITED:
+        warn(f"job {job.job_id} {ending(info)}")
+    return job_exit_code(info)
+
+
+async def _follow(job: ClientJob, interrupted: asyncio.Event) -> JobInfo:
+    async def stop_when_interrupted() -> None:
+        await interrupted.wait()
+        warn(f"stopping job {job.job_id}; interrupt again to leave it")
+        await job.stop()
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stop_when_interrupted)
+            end = await copy_output(job.log())
+            tasks.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise _first(group) from group
+    return end.info or await job.wait()
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first real error: what is raised within a task group comes out in a group."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[asyncio.Event]:
+    """Set by the first SIGINT or SIGTERM; the second ends the process. On systems without such handlers Ctrl-C just leaves."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+
+    def interrupt() -> None:
+        if event.is_set():
+            # Not by an exception: a blocked write, or a stop that waits for its grace period, must not hold this back.
+            warn("left; the job may still be running")
+            os._exit(INTERRUPTED)
+        event.set()
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        for number in numbers:
+            loop.add_signal_handler(number, interrupt)
+    except NotImplementedError:
+        yield event
+        return
+    try:
+        yield event
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def _keep_heap() -> None:
+    """Let glibc keep freed memory: a reader frees and takes 256 KiB for every read. mallopt(3); other C libraries have none."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)

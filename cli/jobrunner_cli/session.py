@@ -1,0 +1,69 @@
+"""From the global options to an open client, and back to an exit code. The SDK is imported here, only when it is needed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from jobrunner.errors import ConfigError
+from jobrunner_cli.writer import STDERR, STDOUT, write_all
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from jobrunner.client import JobClient
+
+__all__ = ["Settings", "connected", "say", "warn"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The global options; empty if neither the option nor its variable is set."""
+
+    address: str = ""
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+
+    def client(self) -> JobClient:
+        """ConfigError names what is missing."""
+        from jobrunner.client import JobClient
+
+        for name in ("address", "ca", "cert", "key"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} or JOBRUNNER_{name.upper()}", "neither is set")
+        return JobClient(self.address, ca=self.ca, cert=self.cert, key=self.key)
+
+
+def connected(settings: Settings, work: Callable[[JobClient], Awaitable[T]]) -> T:
+    """Run `work` with an open client. KeyboardInterrupt on Ctrl-C, unless the work sees to it."""
+    client = settings.client()
+
+    import anyio
+
+    async def opened() -> T:
+        async with client:
+            return await work(client)
+
+    return anyio.run(opened)
+
+
+def say(text: str) -> None:
+    """A result, to standard output. Raises OutputClosed and OutputFailed."""
+    write_all(STDOUT, _encoded(text))
+
+
+def warn(text: str) -> None:
+    """One line to standard error that says who speaks; never raises, for there is nobody left to tell."""
+    try:
+        write_all(STDERR, _encoded(f"jobrunner: {' '.join(text.splitlines())}"))
+    except Exception:
+        return
+
+
+def _encoded(text: str) -> bytes:
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return f"{text}\n".encode(encoding, "backslashreplace")

@@ -1,0 +1,158 @@
+"""The options of `start` and `run`, and the request that they make."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from jobrunner.errors import InvalidRequest
+from jobrunner.job import JobSpec, Limits
+from jobrunner.units import parse_duration, parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = [
+    "Command",
+    "Cpus",
+    "Cwd",
+    "Env",
+    "Grace",
+    "IdleTimeout",
+    "Label",
+    "Memory",
+    "Merge",
+    "Name",
+    "OpenFiles",
+    "Pids",
+    "ReadBps",
+    "ReadIops",
+    "RequestId",
+    "StopSignal",
+    "Timeout",
+    "WriteBps",
+    "WriteIops",
+    "duration",
+    "limits",
+    "offset",
+    "pairs",
+    "spec",
+    "words",
+]
+
+T = TypeVar("T")
+E = TypeVar("E", bound=StrEnum)
+Text = str | None
+
+Command = Annotated[list[str], typer.Argument(metavar="COMMAND [ARG]...", help="The command and its arguments.")]
+Name = Annotated[str, typer.Option("--name", "-n", help="A name for people; also the job's host name.")]
+Env = Annotated[list[str], typer.Option("--env", "-e", metavar="NAME=VALUE", help="A variable of the job; repeatable.")]
+Cwd = Annotated[str, typer.Option(help="Working directory, absolute.")]
+Cpus = Annotated[Text, typer.Option(metavar="NUMBER", help="CPU time per wall time; 1.5 is one and a half processors.")]
+Memory = Annotated[Text, typer.Option(metavar="SIZE", help="Memory, such as 64MiB or 1G.")]
+Pids = Annotated[Text, typer.Option(metavar="NUMBER", help="Processes and threads at once.")]
+ReadBps = Annotated[Text, typer.Option(metavar="SIZE", help="Bytes read per second from each disk.")]
+WriteBps = Annotated[Text, typer.Option(metavar="SIZE", help="Bytes written per second to each disk.")]
+ReadIops = Annotated[Text, typer.Option(metavar="NUMBER", help="Reads per second from each disk.")]
+WriteIops = Annotated[Text, typer.Option(metavar="NUMBER", help="Writes per second to each disk.")]
+OpenFiles = Annotated[Text, typer.Option(metavar="NUMBER", help="Open file descriptors of one process.")]
+Timeout = Annotated[Text, typer.Option(metavar="DURATION", help="Ends the job after this time, such as 90s or 1h30m.")]
+IdleTimeout = Annotated[Text, typer.Option(metavar="DURATION", help="Ends the job after this time without output.")]
+StopSignal = Annotated[str, typer.Option(metavar="SIGNAL", help="The signal that asks the job to end.")]
+Grace = Annotated[Text, typer.Option(metavar="DURATION", help="Time between the stop signal and the kill.")]
+Merge = Annotated[bool, typer.Option("--merge", help="Both streams as one, in exact order.")]
+Label = Annotated[list[str], typer.Option("--label", metavar="KEY=VALUE", help="A label to find jobs by; repeatable.")]
+RequestId = Annotated[str, typer.Option(metavar="ID", help="Starting again with the same id gives the same job.")]
+
+
+def spec(
+    command: list[str], env: Iterable[str], label: Iterable[str], grace: Text, limits: Limits, name: str, **fields: Any
+) -> JobSpec:
+    """The request; InvalidRequest names the field whose value no job can have."""
+    return JobSpec(
+        command[0],
+        tuple(command[1:]),
+        name=name,
+        env=pairs("env", env),
+        labels=pairs("labels", label),
+        grace=duration("grace", grace),
+        limits=limits,
+        **fields,
+    )
+
+
+def limits(**texts: Text) -> Limits:
+    """Limits from the texts of their options, by the fields' names."""
+    return Limits(**{name: _parsed(f"limits.{name}", _PARSERS[name], text) for name, text in texts.items()})  # type: ignore[arg-type]
+
+
+def duration(field: str, text: Text, verb: str = "start job") -> float | None:
+    """Seconds; InvalidRequest names the field."""
+    return _parsed(field, parse_duration, text, verb)
+
+
+def pairs(field: str, texts: Iterable[str], verb: str = "start job") -> dict[str, str]:
+    """NAME=VALUE each; of a name that comes twice the last counts."""
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise InvalidRequest(field, f"{text!r} is not NAME=VALUE", verb)
+        values[name] = value
+    return values
+
+
+def words(field: str, kind: type[E], texts: Iterable[str], verb: str) -> list[E]:
+    """Words of an enumeration; InvalidRequest names the field and the words that there are."""
+    known = [str(word) for word in kind]
+    for text in texts:
+        if text not in known:
+            raise InvalidRequest(field, f"{text!r} is not one of {', '.join(known)}", verb)
+    return [kind(text) for text in texts]
+
+
+def offset(text: str) -> int:
+    """A byte of a log."""
+    value = _parsed("offset", _integer, text, "read log")
+    if value is None or not 0 <= value < 1 << 63:
+        raise InvalidRequest("offset", f"{text[:64]!r} is no offset", "read log")
+    return value
+
+
+def _parsed(field: str, parse: Callable[[str], T], text: Text, verb: str = "start job") -> T | None:
+    if text is None:
+        return None
+    try:
+        return parse(text)
+    except ValueError as exc:
+        raise InvalidRequest(field, str(exc), verb) from exc
+
+
+def _integer(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,19}", text):
+        raise ValueError(f"{text[:64]!r} is no whole number")
+    return int(text)
+
+
+def _decimal(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text[:64]!r} is no number") from None
+
+
+_PARSERS: dict[str, Callable[[str], float]] = {
+    "cpus": _decimal,
+    "memory": parse_size,
+    "pids": _integer,
+    "read_bps": parse_size,
+    "write_bps": parse_size,
+    "read_iops": _integer,
+    "write_iops": _integer,
+    "open_files": _integer,
+    "timeout": parse_duration,
+    "idle_timeout": parse_duration,
+}

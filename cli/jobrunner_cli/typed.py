@@ -1,0 +1,39 @@
+"""Typer's commands without its conversion of values.
+
+Every parameter of ours is a text, a list of texts or a flag: what typer gets from the command line is what the command takes, and
+bad values are told by the code that knows them, in this project's words. Typer would still import pydantic to make a text a text,
+which takes a third of the time of `jobrunner status`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+__all__ = ["PlainCommand", "PlainGroup"]
+
+
+class _AsTyped:
+    """What typer asks to convert a parameter's value, in the place of its own."""
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        return list(value or ()) if param.multiple or param.nargs == -1 else value
+
+
+class PlainCommand(TyperCommand):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _leave_as_typed(self.params)
+
+
+class PlainGroup(TyperGroup):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _leave_as_typed(self.params)
+
+
+def _leave_as_typed(params: list[Any]) -> None:
+    # Private to typer. Where a version of typer has no such attribute this changes nothing, and its own conversion gives the same.
+    for param in params:
+        param._runtime_param = _AsTyped()

@@ -1,0 +1,102 @@
+"""One HTTP/2 connection to a server: grpclib's channel with this project's windows, keepalive, and a diagnosis of why it broke.
+
+Under TLS 1.3 a client's handshake is over before the server has looked at the client's certificate, so a refused certificate is
+seen as a connection that is lost after it was made. What tells it from any other loss: no byte of HTTP/2 has come (a server's
+SETTINGS come first, and only after the certificate was accepted), and often a TLS alert that names the reason.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import anyio
+from grpclib.client import Channel, Handler
+from grpclib.config import Configuration
+from grpclib.protocol import EventsProcessor, H2Protocol
+from h2.events import UnknownFrameReceived
+from h2.settings import SettingCodes
+
+if TYPE_CHECKING:
+    import asyncio
+    import ssl
+
+    from grpclib.encoding.base import CodecBase
+
+__all__ = ["ClientChannel", "ClientProtocol"]
+
+MAX_FRAME = 256 * 1024
+CONNECTION_WINDOW = 16 * 1024 * 1024
+STREAM_WINDOW = 1024 * 1024
+"""Smaller than the connection's, so that one output stream that nobody reads does not stop every other call."""
+CONNECT_TIMEOUT = 10.0
+TLS_SHUTDOWN_TIMEOUT = 2.0
+
+_CONFIGURATION = Configuration(
+    _keepalive_time=20,
+    _keepalive_timeout=10,
+    _keepalive_permit_without_calls=True,
+    _http2_max_pings_without_data=0,
+    _http2_min_sent_ping_interval_without_data=10,
+    http2_connection_window_size=CONNECTION_WINDOW,
+    http2_stream_window_size=STREAM_WINDOW,
+)
+
+
+class ClientProtocol(H2Protocol):
+    """Asks for large frames, and remembers how the connection was lost."""
+
+    received = False
+    """Whether the server has sent anything: then it has accepted the client's certificate."""
+    gone = False
+    """Whether the connection is lost."""
+    lost: BaseException | None = None
+    """What the transport said when it was lost; None also for a quiet end-of-file."""
+
+    processor: EventsProcessor
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        h2 = self.connection._connection
+        h2.update_settings({SettingCodes.MAX_FRAME_SIZE: MAX_FRAME})
+        # h2 applies the new size only after the bytes that hold the server's acknowledgement: a large frame in the same
+        # read would be refused.
+        h2.max_inbound_frame_size = MAX_FRAME
+        self.connection.flush()
+        # RFC 9113 section 4.1: frames of unknown types are ignored; grpclib would raise.
+        self.processor.processors[UnknownFrameReceived] = lambda event: None
+
+    def data_received(self, data: bytes) -> None:
+        self.received = True
+        super().data_received(data)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.gone = True
+        self.lost = exc
+        super().connection_lost(exc)
+
+
+class ClientChannel(Channel):
+    """A channel to HOST:PORT over mutual TLS. Connects on the first call, and again on the next one after a loss."""
+
+    def __init__(self, host: str, port: int, context: ssl.SSLContext, codec: CodecBase) -> None:
+        super().__init__(host, port, ssl=context, codec=codec, config=_CONFIGURATION)
+        self._tls = context
+        self.last: ClientProtocol | None = None
+        """The newest connection, kept after its loss for the diagnosis."""
+
+    def _protocol_factory(self) -> H2Protocol:
+        return ClientProtocol(Handler(), self._config, self._h2_config)
+
+    async def _create_connection(self) -> H2Protocol:
+        with anyio.fail_after(CONNECT_TIMEOUT):
+            _, protocol = await self._loop.create_connection(
+                self._protocol_factory,
+                self._host,
+                self._port,
+                ssl=self._tls,
+                ssl_handshake_timeout=CONNECT_TIMEOUT,
+                ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT,
+                happy_eyeballs_delay=0.25,
+            )
+        self.last = cast("ClientProtocol", protocol)
+        return protocol

@@ -1,0 +1,248 @@
+"""JobClient: the library's verbs, on a server."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from grpclib.const import Cardinality
+
+from jobrunner.client.channel import ClientChannel
+from jobrunner.client.errors import translated
+from jobrunner.client.reader import ClientOutputReader, OutputCall
+from jobrunner.errors import ConfigError, InternalError, JobNotFound, JobRunnerError, StopFailed
+from jobrunner.job import JobInfo, JobSpec, JobStatus, Limits, Stream
+from jobrunner.tls import client_context
+from jobrunner.units import parse_address
+from jobrunner.wire import messages as pb
+from jobrunner.wire.codec import StrictCodec
+from jobrunner.wire.convert import info_from_wire, limits_from_wire, spec_to_wire, timedelta_from_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+__all__ = ["ClientJob", "JobClient", "ServerFacts"]
+
+SERVICE = "/jobrunner.v1.JobService"
+VARIABLES = ("JOBRUNNER_ADDRESS", "JOBRUNNER_CA", "JOBRUNNER_CERT", "JOBRUNNER_KEY")
+PAGE = 1000
+
+_Reply = TypeVar("_Reply")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What a server says of itself. Sizes in bytes."""
+
+    version: str
+    node: str
+    kernel: str
+    cgroup: str
+    """`v1`, `hybrid` or `v2`."""
+    cpus: int
+    memory: int
+    running_jobs: int
+    max_running_jobs: int
+    defaults: Limits
+    ceilings: Limits
+    draining: bool
+
+
+class JobClient:
+    """Jobs on the server at `address`, HOST:PORT. Use as an async context manager; one client serves many tasks at once.
+
+    `timeout` is the deadline of one call in seconds. Calls that wait for a job have none: `wait`, reading a log, and `stop`
+    without a grace period of its own, for the job's may be any. Keepalive tells within 30 s that a server is gone.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        ca: str | os.PathLike[str],
+        cert: str | os.PathLike[str],
+        key: str | os.PathLike[str],
+        timeout: float = 30.0,
+    ) -> None:
+        self.address = address
+        self.timeout = timeout
+        self._host, self._port = _split(address)
+        self._files = (Path(ca), Path(cert), Path(key))
+        self._open: ClientChannel | None = None
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, *, timeout: float = 30.0) -> JobClient:
+        """From JOBRUNNER_ADDRESS, _CA, _CERT and _KEY. ConfigError names the one that is not set."""
+        environ = os.environ if environ is None else environ
+        for name in VARIABLES:
+            if not environ.get(name):
+                raise ConfigError(name, "it is not set")
+        address, ca, cert, key = (environ[name] for name in VARIABLES)
+        return cls(address, ca=ca, cert=cert, key=key, timeout=timeout)
+
+    def __repr__(self) -> str:
+        return f"<JobClient {self.address} {'open' if self._open else 'closed'}>"
+
+    async def __aenter__(self) -> Self:
+        """Reads the certificates; connects on the first call. ConfigError says which file cannot be read, and why."""
+        self._open = ClientChannel(self._host, self._port, client_context(*self._files), StrictCodec())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    async def start(self, spec: JobSpec | str, *args: str, **fields: Any) -> ClientJob:
+        """Start a job: `start(JobSpec(...))`, or `start("echo", "hi", name="x")` with the fields of JobSpec.
+
+        A request id is made where none is given, so that whoever repeats this very request cannot start it twice.
+        Raises InvalidRequest, StartFailed, LimitReached, RequestConflict.
+        """
+        if isinstance(spec, str):
+            spec = JobSpec(spec, args, **fields)
+        elif args or fields:
+            raise TypeError("start() takes either a JobSpec, or a command with arguments and fields")
+        if not spec.request_id:
+            spec = replace(spec, request_id=secrets.token_hex(16))
+        reply = await self._unary("Start", spec_to_wire(spec), pb.JobStartResponse, "start job", self.timeout)
+        return ClientJob(self, reply.job_id)
+
+    def get(self, job_id: str) -> ClientJob:
+        """A job by its id; asks nobody, so an id that no job has is told by the first call on it."""
+        return ClientJob(self, job_id)
+
+    async def remove(self, job_id: str) -> None:
+        """Remove an ended job's record and log. Raises JobNotFound; InvalidRequest if it runs."""
+        await self._unary("Remove", pb.JobRemoveRequest(job_id=job_id), pb.JobRemoveResponse, f"remove job {job_id}", self.timeout)
+
+    async def server(self) -> ServerFacts:
+        """What the server is, has and allows."""
+        reply = await self._unary("GetServer", pb.GetServerRequest(), pb.ServerInfo, "ask server", self.timeout)
+        return ServerFacts(
+            version=reply.version,
+            node=reply.node,
+            kernel=reply.kernel,
+            cgroup=reply.cgroup,
+            cpus=reply.cpus,
+            memory=reply.memory,
+            running_jobs=reply.running_jobs,
+            max_running_jobs=reply.max_running_jobs,
+            defaults=limits_from_wire(reply.defaults),
+            ceilings=limits_from_wire(reply.ceilings),
+            draining=reply.draining,
+        )
+
+    async def list(
+        self,
+        *,
+        statuses: Collection[JobStatus | str] = (),
+        labels: Mapping[str, str] | None = None,
+        name: str = "",
+    ) -> Sequence[JobInfo]:
+        """Jobs, newest first: of these statuses, with all of these labels, of this name; all that there are by default."""
+        jobs: list[JobInfo] = []
+        cursor = ""
+        while True:
+            request = pb.JobListRequest(
+                statuses=[str(status) for status in statuses], labels=dict(labels or {}), name=name, page_size=PAGE, cursor=cursor
+            )
+            reply = await self._unary("List", request, pb.JobListResponse, "list jobs", self.timeout)
+            jobs.extend(map(info_from_wire, reply.jobs))
+            cursor = reply.next_cursor
+            if not cursor:
+                return jobs
+
+    @property
+    def _channel(self) -> ClientChannel:
+        if self._open is None:
+            raise JobRunnerError(f"cannot reach {self.address}: the client is not open, use `async with`")
+        return self._open
+
+    async def _unary(self, method: str, request: Any, reply_type: type[_Reply], verb: str, timeout: float | None) -> _Reply:
+        """One call with one answer. `verb` is what fails if it fails, `timeout` its deadline in seconds."""
+        channel = self._channel
+        with translated(channel, verb, timeout) as attempt:
+            path = f"{SERVICE}/{method}"
+            async with channel.request(path, Cardinality.UNARY_UNARY, type(request), reply_type, timeout=timeout) as call:
+                attempt.call = call
+                await call.send_message(request, end=True)
+                reply = await call.recv_message()
+                await call.recv_trailing_metadata()
+            if reply is None:
+                raise InternalError(f"cannot {verb}: {self.address} answered without a message")
+            return reply
+
+    def _output_call(self) -> OutputCall:
+        path = f"{SERVICE}/SubscribeOutput"
+        return self._channel.request(path, Cardinality.UNARY_STREAM, pb.JobSubscriptionRequest, pb.JobOutputResponse)
+
+
+class ClientJob:
+    """One job on a server. Every call raises JobNotFound if there is none with this id."""
+
+    def __init__(self, client: JobClient, job_id: str) -> None:
+        self.job_id = job_id
+        self._client = client
+
+    def __repr__(self) -> str:
+        return f"<ClientJob {self.job_id} at {self._client.address}>"
+
+    async def status(self) -> JobStatus:
+        """One of the four words."""
+        return (await self.info()).status
+
+    async def info(self) -> JobInfo:
+        """Everything known of it now."""
+        request = pb.JobQueryRequest(job_id=self.job_id)
+        return info_from_wire(
+            await self._client._unary("QueryStatus", request, pb.JobInfo, f"query job {self.job_id}", self._client.timeout)
+        )
+
+    async def stop(self, grace: float | None = None) -> JobInfo:
+        """Stop it, and return when it is gone: the stop signal, `grace` seconds (the job's own if None), then the kill.
+
+        A job that has ended already is no error. Raises StopFailed if its processes do not go away.
+        """
+        return (await self.stop_told(grace))[0]
+
+    async def stop_told(self, grace: float | None = None) -> tuple[JobInfo, str]:
+        """As `stop`, with the server's sentence, which says whether the job had ended already."""
+        request = pb.JobStopRequest(job_id=self.job_id, grace=timedelta_from_seconds(grace))
+        verb = f"stop job {self.job_id}"
+        timeout = None if grace is None else self._client.timeout + grace
+        reply = await self._client._unary("Stop", request, pb.JobStopResponse, verb, timeout)
+        match reply.status:
+            case "not found":
+                raise JobNotFound(self.job_id)
+            case "stopped":
+                info = info_from_wire(reply.info) if reply.info is not None else await self.info()
+                return info, reply.message
+            case _:
+                raise StopFailed(self.job_id, reply.message.removeprefix(f"cannot {verb}: "))
+
+    async def wait(self) -> JobInfo:
+        """Return when it has ended."""
+        request = pb.JobWaitRequest(job_id=self.job_id)
+        return info_from_wire(await self._client._unary("Wait", request, pb.JobInfo, f"wait for job {self.job_id}", None))
+
+    def log(self, offset: int = 0, *, follow: bool = True, streams: Collection[Stream] = tuple(Stream)) -> ClientOutputReader:
+        """Its output from an offset of the merged log on, to its end (`follow`) or as much as there is now.
+
+        Asks the server on the first read, so JobNotFound and OffsetOutOfRange come from there.
+        """
+        return ClientOutputReader(self._client._channel, self._client._output_call, self.job_id, offset, follow, streams)
+
+
+def _split(address: str) -> tuple[str, int]:
+    """HOST and PORT; ConfigError if the text is no address of a server."""
+    try:
+        host, port = parse_address(address)
+        if port == 0:
+            raise ValueError("port 0 is no server's")
+    except ValueError as exc:
+        raise ConfigError("address", str(exc)) from exc
+    return host, port

@@ -6,12 +6,19 @@ cd "$(dirname "$0")/.."
 bin=$1
 dir=$(mktemp -d)
 server=
+JOBRUNNER_ADDRESS=
 
 finish() {
+    # Jobs outlive their server: a demo that failed half-way must not leave one.
+    [ -z "$server" ] || [ -z "$JOBRUNNER_ADDRESS" ] || for id in $(as_admin ls -q --status running 2>/dev/null); do
+        as_admin stop --grace 0 "$id" || true
+    done
     [ -z "$server" ] || { kill -TERM "$server" 2>/dev/null && wait "$server"; } || true
     rm -rf "$dir"
 }
 trap finish EXIT
+
+as_admin() { JOBRUNNER_CERT="$dir/certs/admin.pem" JOBRUNNER_KEY="$dir/certs/admin.key" "$bin/jobrunner" "$@"; }
 
 fail() {
     echo "demo failed: $*" >&2
@@ -37,6 +44,7 @@ show() {
 started() { [[ $out =~ ^Started\ job\ with\ ID:\ ([0-9a-f]{12})$ ]] && id=${BASH_REMATCH[1]} || fail "no job id: $out"; }
 expect() { [[ $out == "$1" ]] || fail "expected: $1"; }
 
+bin=$(cd "$bin" && pwd)
 "$bin/python" dev-certs/make_certs.py --out "$dir/certs"
 
 # The server says on standard error where it listens; the FIFO is open both ways, so that neither side waits for the other.
@@ -45,10 +53,9 @@ exec 3<>"$dir/said"
 "$bin/jobrunnerd" serve --listen 127.0.0.1:0 --state-dir "$dir/state" \
     --ca "$dir/certs/ca.pem" --cert "$dir/certs/server.pem" --key "$dir/certs/server.key" >&3 2>&3 &
 server=$!
-JOBRUNNER_ADDRESS=
 while [ -z "$JOBRUNNER_ADDRESS" ]; do
     if read -r -t 1 -u 3 line; then
-        [[ $line =~ (127\.0\.0\.1:[1-9][0-9]*) ]] && JOBRUNNER_ADDRESS=${BASH_REMATCH[1]}
+        [[ $line =~ ^listening\ on\ (.+)$ ]] && JOBRUNNER_ADDRESS=${BASH_REMATCH[1]}
         said=$line
     else
         kill -0 "$server" 2>/dev/null || { server= && fail "the server did not start: ${said:-it said nothing}"; }
@@ -67,7 +74,7 @@ show jobrunner start -- bash -c "echo Hello World"
 started
 
 say "Stopping a job; this one has ended by itself already, which is no error"
-PATH="$bin:$PATH" jobrunner wait "$hello" >/dev/null
+as_admin wait "$hello" >/dev/null
 show jobrunner stop "$hello"
 [ "$code" = 0 ] || fail "stop of an ended job exits with $code"
 

@@ -33,8 +33,9 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]  # hatchlin
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile the shim, and tag the wheel with the platform that it is for."""
+        """Compile the shim into the wheel, and tag that with the platform that it is for."""
         if compile_shim(Path(self.root)) is not None:
+            build_data["artifacts"].append(SHIM)
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 

@@ -6,12 +6,13 @@ first, against the fields of its type: https://protobuf.dev/programming-guides/e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import betterproto2
 from grpclib.encoding.base import CodecBase
 
-__all__ = ["MalformedMessage", "StrictCodec", "check_message"]
+__all__ = ["MalformedMessage", "StrictCodec", "check_message", "payloads"]
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 MAX_DEPTH = 32
@@ -69,6 +70,15 @@ def check_message(data: bytes, message_type: type[Any], depth: int = 0) -> None:
     except MalformedMessage as exc:
         text = str(exc)
         raise MalformedMessage(text if text.startswith("cannot") else f"cannot parse {message_type.__name__}: {text}") from None
+
+
+def payloads(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of each field that has a length: strings, bytes and messages. Raises MalformedMessage."""
+    at = 0
+    while at < len(data):
+        number, wire_type, start, at = _next_field(data, at)
+        if wire_type == LENGTH:
+            yield number, data[start:at]
 
 
 def _nested(meta: betterproto2.ProtoClassMetadata, name: str, field: betterproto2.FieldMetadata) -> type[Any] | None:

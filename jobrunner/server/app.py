@@ -1,0 +1,140 @@
+"""JobServer: grpclib's server, listening with bounds, every call authorized and guarded, and a shutdown that clients understand.
+
+    connection ─ tcp.Listener (how many, TLS, who) ─ http2.ServerProtocol (how much) ─► call
+    call       ─ auth.authorize ─ draining? ─ guard.guarded ─► handler of service, health, reflection
+
+Shutdown, in this order: new calls are UNAVAILABLE and health says NOT_SERVING; calls that only wait or stream end with UNAVAILABLE;
+the others get DRAIN_TIMEOUT seconds; connections are told GOAWAY and closed; what is left after SHUTDOWN_TIMEOUT is dropped.
+A GOAWAY before the calls have ended would not do: grpclib's clients drop the connection when they see one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+from grpclib.const import Status
+from grpclib.events import RecvRequest, listen
+from grpclib.server import Server
+
+from jobrunner.config import ServerConfig
+from jobrunner.errors import AccessError, HostError, Unavailable
+from jobrunner.server import auth
+from jobrunner.server.guard import grpc_error, guarded
+from jobrunner.server.http2 import CONFIGURATION, Bounds, CallHandler, ServerProtocol, ServerStream
+from jobrunner.server.tcp import Listener, address_of
+from jobrunner.wire.codec import StrictCodec
+
+__all__ = ["JobServer"]
+
+logger = logging.getLogger(__name__)
+
+DRAIN_TIMEOUT = 5.0
+SHUTDOWN_TIMEOUT = 2.0
+ENDLESS = frozenset({"SubscribeOutput", "Wait", "ServerReflectionInfo"})
+"""Calls that only wait or stream: nothing is cut in half when they end at once. Health's Watch ends by itself."""
+HEALTH = "/grpc.health."
+
+
+class JobServer(Server):
+    """Serves these handlers on one address. `serve` is the whole of its life."""
+
+    def __init__(self, handlers: Collection[Any], config: ServerConfig, context: ssl.SSLContext, draining: anyio.Event) -> None:
+        """`draining` is set by `shutdown`, and read by whoever tells the state of the server.
+
+        Raises AssertionError if the handlers' RPCs are not those of the policy.
+        """
+        super().__init__(handlers, codec=StrictCodec(), config=CONFIGURATION)
+        auth.check_complete(self._mapping)
+        self.draining = draining
+        self._policy = auth.policy(config.viewer_output)
+        self._settings = config
+        self._bounds = Bounds(config.max_message, config.max_streams_per_connection, config.send_timeout)
+        self._connections: set[ServerProtocol] = set()
+        self._changed = asyncio.Event()
+        self._listener = Listener(
+            context,
+            self._protocol_factory,
+            max_connections=config.max_connections,
+            max_pending=config.max_pending_handshakes,
+            handshake_timeout=config.handshake_timeout,
+            shutdown_timeout=SHUTDOWN_TIMEOUT,
+        )
+        listen(self, RecvRequest, self._admit)
+
+    def __repr__(self) -> str:
+        state = "draining" if self.draining.is_set() else "serving"
+        return f"<JobServer {state} {len(self._connections)} connections {len(self._calls())} calls>"
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[str]:
+        """Listen, and give the address as HOST:PORT; shut down on leaving. Raises HostError if it cannot listen."""
+        host, port = self._settings.address
+        try:
+            server = await asyncio.get_running_loop().create_server(self._listener.accept, host, port, backlog=128)
+        except OSError as exc:
+            raise HostError(f"cannot listen on {self._settings.listen}: {exc.strerror or exc}") from exc
+        try:
+            yield _bound_address(server.sockets, host)
+        finally:
+            server.close()
+            with anyio.CancelScope(shield=True):
+                await self.shutdown()
+
+    async def shutdown(self) -> None:
+        """End every call and connection; see the module. Cancelling it drops what is left at once."""
+        self.draining.set()
+        try:
+            for stream in self._calls():
+                if stream.method.rpartition("/")[2] in ENDLESS:
+                    self._end(stream)
+            await self._wait_until(lambda: not self._calls(), DRAIN_TIMEOUT)
+            for stream in self._calls():
+                self._end(stream)
+            await self._wait_until(lambda: not self._calls(), SHUTDOWN_TIMEOUT)
+            for connection in list(self._connections):
+                connection.go_away()
+            await self._wait_until(lambda: not self._connections, SHUTDOWN_TIMEOUT)
+        finally:
+            self._listener.abort()
+
+    def _protocol_factory(self) -> ServerProtocol:
+        handler = CallHandler(self._mapping, self._codec, self._status_details_codec, self.__dispatch__)
+        return ServerProtocol(handler, self._h2_config, self._bounds, self._connections, self._changed)
+
+    async def _admit(self, event: RecvRequest) -> None:
+        """Before anything of a call is looked at: may this peer make it?"""
+        address = address_of(event.peer.addr())
+        try:
+            auth.authorize(event.method_name, event.peer.cert(), self._policy, address)
+            if self.draining.is_set() and not event.method_name.startswith(HEALTH):
+                call = event.method_name.rpartition("/")[2]
+                raise Unavailable(f"cannot call {call}: the server is shutting down")
+        except (AccessError, Unavailable) as exc:
+            raise grpc_error(exc) from exc
+        event.method_func = guarded(event.method_func, event.method_name)
+
+    def _calls(self) -> list[ServerStream]:
+        return [stream for connection in self._connections for stream in connection.streams()]
+
+    def _end(self, stream: ServerStream) -> None:
+        call = stream.method.rpartition("/")[2]
+        stream.end_call(Status.UNAVAILABLE, f"cannot call {call}: the server is shutting down")
+
+    async def _wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Until this holds of the calls and connections, but not longer than this."""
+        with anyio.move_on_after(seconds):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+
+def _bound_address(sockets: Collection[socket.socket], host: str) -> str:
+    port = next(iter(sockets)).getsockname()[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

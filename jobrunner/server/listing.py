@@ -1,0 +1,91 @@
+"""One page of the list of jobs: newest first, filtered, bounded in number and in bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Sequence
+
+from jobrunner.errors import InvalidRequest
+from jobrunner.job import JobStatus
+from jobrunner.runner import RunnerJob
+from jobrunner.wire import messages as pb
+from jobrunner.wire.convert import info_to_wire
+from jobrunner.wire.encode import Encoded, varint
+
+__all__ = ["page"]
+
+DEFAULT_PAGE = 100
+MAX_PAGE = 1000
+MAX_BYTES = 1 << 20
+"""Of one page, and one job more: clients take messages of 4 MiB."""
+JOBS = b"\x0a"
+NEXT_CURSOR = b"\x12"
+
+Position = tuple[float, str]
+
+
+async def page(jobs: Sequence[RunnerJob], request: pb.JobListRequest) -> Encoded:
+    """The JobListResponse after the request's cursor. Raises InvalidRequest that names the field.
+
+    `jobs` are all, newest first. Encoded job by job, with a pause after each, because a full page would hold up the loop.
+    """
+    size = _size(request.page_size)
+    after = _read_cursor(request.cursor) if request.cursor else None
+    statuses = {_status(word) for word in request.statuses}
+    parts: list[bytes] = []
+    length = 0
+    last: Position | None = None
+    for job in jobs:
+        position = (job.record.created, job.job_id)
+        if after is not None and position >= after:
+            continue
+        if not _wanted(job, statuses, request):
+            continue
+        if last is not None and (len(parts) == size or length >= MAX_BYTES):
+            parts.append(_field(NEXT_CURSOR, _write_cursor(last).encode()))
+            break
+        parts.append(_field(JOBS, bytes(info_to_wire(job.info()))))
+        length += len(parts[-1])
+        last = position
+        await asyncio.sleep(0)
+    return Encoded(b"".join(parts))
+
+
+def _size(asked: int) -> int:
+    if asked > MAX_PAGE:
+        raise InvalidRequest("page_size", f"{asked} is more than {MAX_PAGE}", verb="list jobs")
+    return asked or DEFAULT_PAGE
+
+
+def _status(word: str) -> JobStatus:
+    if word not in list(JobStatus):
+        raise InvalidRequest("statuses", f"{word!r} is none of {', '.join(JobStatus)}", verb="list jobs")
+    return JobStatus(word)
+
+
+def _wanted(job: RunnerJob, statuses: set[JobStatus], request: pb.JobListRequest) -> bool:
+    spec = job.record.spec
+    if statuses and job.status not in statuses:
+        return False
+    if request.name and spec.name != request.name:
+        return False
+    return all(spec.labels.get(name) == value for name, value in request.labels.items())
+
+
+def _field(tag: bytes, payload: bytes) -> bytes:
+    return tag + varint(len(payload)) + payload
+
+
+def _write_cursor(position: Position) -> str:
+    """Where a page ended: the next begins after it, whatever was removed or started in between."""
+    return base64.urlsafe_b64encode(json.dumps(position).encode()).decode()
+
+
+def _read_cursor(cursor: str) -> Position:
+    try:
+        created, job_id = json.loads(base64.urlsafe_b64decode(cursor.encode()))
+        return float(created), str(job_id)
+    except (ValueError, TypeError) as exc:
+        raise InvalidRequest("cursor", "it is not from an answer of this server", verb="list jobs") from exc

@@ -1,0 +1,173 @@
+"""`jobrunnerd`: the server's command.
+
+Exit codes: 0 after a shutdown that was asked for, 1 a bug, 2 wrong usage or settings, 3 the host lacks something or the address is
+taken, 128 + n when a second signal n cut the shutdown short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import anyio
+import typer
+
+from jobrunner.config import RunnerConfig, ServerConfig, load
+from jobrunner.errors import ConfigError, InternalError, JobRunnerError
+from jobrunner.runner import JobRunner
+from jobrunner.server.app import JobServer
+from jobrunner.server.devcerts import CLIENTS, make_certs
+from jobrunner.server.health import HealthService
+from jobrunner.server.reflection import ReflectionService
+from jobrunner.server.service import JobService
+from jobrunner.tls import server_context
+from jobrunner.wire import descriptors
+
+__all__ = ["RunningServer", "app", "main", "running_server"]
+
+logger = logging.getLogger(__name__)
+
+EXIT_BUG, EXIT_USAGE, EXIT_HOST = 1, 2, 3
+app = typer.Typer(
+    help="The server of jobrunner, a remote job executor.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Commands have names, also while there are few."""
+
+
+@app.command()
+def serve(
+    config: Annotated[Path | None, typer.Option(help="Settings in TOML.", envvar="JOBRUNNERD_CONFIG")] = None,
+    listen: Annotated[str | None, typer.Option(help="HOST:PORT; port 0 is any free one.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Where jobs and their output are kept.")] = None,
+    ca: Annotated[Path | None, typer.Option(help="The CA that clients' certificates are from, PEM.")] = None,
+    cert: Annotated[Path | None, typer.Option(help="The server's certificate, PEM.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
+) -> None:
+    """Serve jobs over mutual TLS until SIGTERM or SIGINT; jobs run on without the server. A second signal leaves at once.
+
+    Each option is also a variable, JOBRUNNERD_LISTEN for instance, and a key of the settings file.
+    """
+    overrides = {"listen": listen, "state_dir": state_dir, "ca": ca, "cert": cert, "key": key}
+    with _told():
+        _run(load(config, os.environ, overrides), ready=_tell_address)
+
+
+@app.command()
+def dev(
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="For certificates and jobs; a new one in /tmp if not given.")
+    ] = None,
+    listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 is any free one.")] = "127.0.0.1:7443",
+) -> None:
+    """Serve with throw-away certificates, and print what a client needs: one line to paste for each role."""
+    with _told():
+        root = (directory or Path(tempfile.mkdtemp(prefix="jobrunner-dev-"))).absolute()
+        if not (root / "ca.pem").exists():
+            make_certs(root)
+        runner = RunnerConfig(state_dir=root / "state")
+        settings = ServerConfig(runner=runner, listen=listen, ca=root / "ca.pem", cert=root / "server.pem", key=root / "server.key")
+        _run(settings, ready=lambda address: _tell_clients(root, address))
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+class RunningServer(NamedTuple):
+    """What `running_server` gives; the address is HOST:PORT."""
+
+    address: str
+    server: JobServer
+    runner: JobRunner
+
+
+@asynccontextmanager
+async def running_server(config: ServerConfig) -> AsyncIterator[RunningServer]:
+    """A runner and a server over it, until it is left; that drains.
+
+    Raises ConfigError for certificates, HostError for the host, the state directory and the address.
+    """
+    context = server_context(config.ca, config.cert, config.key)
+    async with JobRunner.open(config.runner) as runner:
+        draining = anyio.Event()
+        handlers = [JobService(runner, draining), HealthService(draining), ReflectionService(descriptors.load())]
+        server = JobServer(handlers, config, context, draining)
+        async with server.serve() as address:
+            yield RunningServer(address, server, runner)
+
+
+def _run(config: ServerConfig, ready: Callable[[str], None]) -> None:
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if sys.version_info < (3, 12):
+        # The default watcher of Python 3.11 has a thread for each child; from 3.12 on this one is the default.
+        asyncio.get_event_loop_policy().set_child_watcher(asyncio.PidfdChildWatcher())
+    with asyncio.Runner() as runner:
+        runner.run(_serve(config, ready))
+
+
+async def _serve(config: ServerConfig, ready: Callable[[str], None]) -> None:
+    stop = anyio.Event()
+
+    def told(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        logger.info("%s: shutting down; jobs run on", signal.Signals(number).name)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told, number)
+    async with running_server(config) as running:
+        ready(running.address)
+        await stop.wait()
+
+
+def _tell_address(address: str) -> None:
+    print(f"listening on {address}", file=sys.stderr, flush=True)
+
+
+def _tell_clients(root: Path, address: str) -> None:
+    """One line of shell for each role, also kept as files to source."""
+    for user in CLIENTS:
+        line = f"export {' '.join(f'{name}={shlex.quote(value)}' for name, value in _client(root, user, address).items())}"
+        (root / f"{user}.env").write_text(f"{line}\n")
+        print(f"# as {user}, also in {root / user}.env\n{line}\n", flush=True)
+    _tell_address(address)
+
+
+def _client(root: Path, user: str, address: str) -> Mapping[str, str]:
+    return {
+        "JOBRUNNER_ADDRESS": address,
+        "JOBRUNNER_CA": str(root / "ca.pem"),
+        "JOBRUNNER_CERT": str(root / f"{user}.pem"),
+        "JOBRUNNER_KEY": str(root / f"{user}.key"),
+    }
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """An error of ours is one line and an exit code, never a traceback."""
+    try:
+        yield
+    except JobRunnerError as exc:
+        print(f"jobrunnerd: {exc.message}", file=sys.stderr)
+        code = EXIT_USAGE if isinstance(exc, ConfigError) else EXIT_BUG if isinstance(exc, InternalError) else EXIT_HOST
+        raise typer.Exit(code) from exc

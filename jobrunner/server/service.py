@@ -1,0 +1,143 @@
+"""JobService: convert in, call the runner, convert out.
+
+Jobs are the runner's, never a call's: a call that is cancelled leaves the start or stop that it asked for as it is (`runner.start`
+and `RunnerJob.stop` see to that).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+from grpclib.const import Cardinality, Handler
+from grpclib.server import Stream
+
+from jobrunner import __version__
+from jobrunner.errors import HostError, InvalidRequest, JobNotFound, StopFailed, Unsupported
+from jobrunner.job import EndReason, JobInfo, JobStatus
+from jobrunner.runner import JobRunner
+from jobrunner.server.auth import current_identity
+from jobrunner.server.listing import page
+from jobrunner.wire import messages as pb
+from jobrunner.wire.convert import (
+    info_to_wire,
+    limits_to_wire,
+    seconds_from_duration,
+    spec_from_wire,
+    streams_from_wire,
+)
+from jobrunner.wire.encode import Encoded, encode_output
+
+__all__ = ["JobService"]
+
+PACKAGED = "/jobrunner.v1.JobService/"
+ORIGINAL = "/JobService/"
+ORIGINAL_CALLS = ("Start", "Stop", "QueryStatus", "SubscribeOutput")
+MAX_OFFSET = 1 << 62
+
+
+class DrainState(Protocol):
+    def is_set(self) -> bool: ...
+
+
+class JobService(pb.JobServiceBase):
+    """The service over one runner."""
+
+    def __init__(self, runner: JobRunner, draining: DrainState) -> None:
+        self._runner = runner
+        self._draining = draining
+
+    def __mapping__(self) -> dict[str, Handler]:
+        mapping: dict[str, Handler] = super().__mapping__()
+        own: dict[str, tuple[Callable[[Stream[Any, Encoded]], Any], Cardinality, type]] = {
+            "SubscribeOutput": (self._subscribe_output, Cardinality.UNARY_STREAM, pb.JobSubscriptionRequest),
+            "List": (self._list, Cardinality.UNARY_UNARY, pb.JobListRequest),
+        }
+        for name, (handler, cardinality, request) in own.items():
+            mapping[PACKAGED + name] = Handler(handler, cardinality, request, Encoded)
+        return mapping | {ORIGINAL + name: mapping[PACKAGED + name] for name in ORIGINAL_CALLS}
+
+    async def start(self, message: pb.JobStartRequest) -> pb.JobStartResponse:
+        job = await self._runner.start(spec_from_wire(message), user=current_identity().user)
+        return pb.JobStartResponse(job_id=job.job_id, info=info_to_wire(job.info()))
+
+    async def stop(self, message: pb.JobStopRequest) -> pb.JobStopResponse:
+        """Answers in-band, as the original design says: stopped, not found or error."""
+        try:
+            job = self._runner.get(message.job_id)
+            had_ended = job.status is not JobStatus.RUNNING
+            info = await job.stop(grace=seconds_from_duration(message.grace), by=current_identity().user)
+        except JobNotFound:
+            return pb.JobStopResponse(status="not found", message="Job not found")
+        except (StopFailed, HostError) as exc:
+            return pb.JobStopResponse(status="error", message=exc.message)
+        stopped = info.end_reason is EndReason.STOPPED and not had_ended
+        text = "Job successfully stopped" if stopped else f"Job had already ended: {_ending(info)}"
+        return pb.JobStopResponse(status="stopped", message=text, info=info_to_wire(info))
+
+    async def query_status(self, message: pb.JobQueryRequest) -> pb.JobInfo:
+        return info_to_wire(self._runner.get(message.job_id).info())
+
+    async def wait(self, message: pb.JobWaitRequest) -> pb.JobInfo:
+        return info_to_wire(await self._runner.get(message.job_id).wait())
+
+    def watch(self, message: pb.JobWatchRequest) -> AsyncIterator[pb.JobEvent]:
+        raise Unsupported("cannot watch jobs: this server does not offer it")
+
+    async def remove(self, message: pb.JobRemoveRequest) -> pb.JobRemoveResponse:
+        await self._runner.remove(message.job_id)
+        return pb.JobRemoveResponse()
+
+    async def write_input(self, messages: AsyncIterator[pb.JobInputRequest]) -> pb.JobInputResponse:
+        raise Unsupported("cannot write input: this server does not offer it")
+
+    async def get_server(self, message: pb.GetServerRequest) -> pb.ServerInfo:
+        config = self._runner.config
+        return pb.ServerInfo(
+            version=__version__,
+            node=config.node,
+            kernel=os.uname().release,
+            cgroup=self._runner.cgroup_version,
+            cpus=os.cpu_count() or 0,
+            memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            running_jobs=self._runner.running,
+            max_running_jobs=config.max_running,
+            defaults=limits_to_wire(config.defaults),
+            ceilings=limits_to_wire(config.ceilings),
+            draining=self._draining.is_set(),
+        )
+
+    async def _list(self, stream: Stream[pb.JobListRequest, Encoded]) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        await stream.send_message(await page(self._runner.list(), request))
+
+    async def _subscribe_output(self, stream: Stream[pb.JobSubscriptionRequest, Encoded]) -> None:
+        """Not through the generated base: chunks are encoded without it, and the reader is closed here, in the call's own task."""
+        request = await stream.recv_message()
+        assert request is not None
+        _check_subscription(request)
+        job = self._runner.get(request.job_id)
+        follow = request.follow is not False
+        async with job.log(request.offset, follow=follow, streams=streams_from_wire(request.streams)) as reader:
+            async for part in reader:
+                await stream.send_message(encode_output(part))
+                # A send does not yield while the peer's window is open: one fast reader would hold up every other call.
+                await asyncio.sleep(0)
+            if reader.end is not None:
+                await stream.send_message(encode_output(reader.end))
+
+
+def _check_subscription(request: pb.JobSubscriptionRequest) -> None:
+    for name in ("tail", "since", "until"):
+        if getattr(request, name) is not None:
+            raise Unsupported(f"cannot read log: {name}: this server does not offer it")
+    if request.offset > MAX_OFFSET:
+        raise InvalidRequest("offset", f"{request.offset} is past the end of any log", verb="read log")
+
+
+def _ending(info: JobInfo) -> str:
+    """`completed, exit code 0`."""
+    return f"{info.status}, {info.message}" if info.message else str(info.status)

@@ -1,0 +1,137 @@
+"""TLS on an accepted connection, and how many of them there may be.
+
+asyncio drops the alert of a handshake that fails (https://github.com/python/cpython/issues/98078) and tells nobody of it. So the
+listening socket is a plain one, and a subclass of asyncio's own TLS protocol sits on each connection: it sends the alert, logs the
+address and the reason, and keeps count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from asyncio import sslproto
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Listener", "Refused", "TlsConnection"]
+
+logger = logging.getLogger(__name__)
+
+
+class Listener:
+    """The connections of one listening socket: made, or still in their handshake."""
+
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        app_protocol: Callable[[], asyncio.Protocol],
+        *,
+        max_connections: int,
+        max_pending: int,
+        handshake_timeout: float,
+        shutdown_timeout: float,
+    ) -> None:
+        """`app_protocol` makes what speaks on a connection whose peer has been authenticated. Times are seconds."""
+        self.context = context
+        self.handshake_timeout = handshake_timeout
+        self.shutdown_timeout = shutdown_timeout
+        self.pending: set[TlsConnection] = set()
+        self.live: set[TlsConnection] = set()
+        self._app_protocol = app_protocol
+        self._max_connections = max_connections
+        self._max_pending = max_pending
+        self._refusing = False
+
+    def __repr__(self) -> str:
+        return f"<Listener {len(self.live)} live, {len(self.pending)} pending>"
+
+    def accept(self) -> asyncio.BaseProtocol:
+        """The protocol of the connection that has just come; a protocol factory for `loop.create_server`."""
+        if len(self.pending) >= self._max_pending or len(self.pending) + len(self.live) >= self._max_connections:
+            # Told once, not for each connection of a flood.
+            if not self._refusing:
+                logger.warning("refusing connections: %d are there and %d in their handshake", len(self.live), len(self.pending))
+            self._refusing = True
+            return Refused()
+        self._refusing = False
+        connection = TlsConnection(self, self._app_protocol())
+        self.pending.add(connection)
+        return connection
+
+    def abort(self) -> None:
+        """Drop every connection at once."""
+        for connection in [*self.pending, *self.live]:
+            connection.abort()
+
+
+class Refused(asyncio.Protocol):
+    """A connection too many: closed before it costs anything."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.abort()
+
+
+class TlsConnection(sslproto.SSLProtocol):
+    """The server's side of TLS on one connection. Overrides three methods of asyncio's, the same in Python 3.11 to 3.13."""
+
+    max_size = 64 * 1024
+    """Bytes of the read buffer that each connection has; asyncio's 256 KiB are most of what an idle connection costs."""
+
+    def __init__(self, listener: Listener, app_protocol: asyncio.Protocol) -> None:
+        timeouts: Any = {"ssl_handshake_timeout": listener.handshake_timeout, "ssl_shutdown_timeout": listener.shutdown_timeout}
+        nobody: Any = None
+        super().__init__(asyncio.get_running_loop(), app_protocol, listener.context, waiter=nobody, server_side=True, **timeouts)
+        self._listener = listener
+        self._socket: asyncio.Transport | None = None
+        self._address: Any = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._socket = transport
+        self._address = transport.get_extra_info("peername")
+        super().connection_made(transport)
+
+    def abort(self) -> None:
+        """Close without a word."""
+        if self._socket is not None:
+            self._socket.abort()
+
+    def _on_handshake_complete(self, handshake_exc: BaseException | None) -> None:
+        self._listener.pending.discard(self)
+        if handshake_exc is None:
+            self._listener.live.add(self)
+        else:
+            logger.warning("TLS handshake with %s failed: %s", address_of(self._address), reason_of(handshake_exc))
+            flush: Callable[[], None] = getattr(self, "_process_outgoing")  # noqa: B009 - typeshed does not know it
+            flush()  # Order: the alert, before the transport is closed without it.
+        super()._on_handshake_complete(handshake_exc)
+
+    def _check_handshake_timeout(self) -> None:
+        if self in self._listener.pending:
+            seconds = self._listener.handshake_timeout
+            logger.warning("TLS handshake with %s failed: not done within %g s", address_of(self._address), seconds)
+        super()._check_handshake_timeout()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._listener.pending.discard(self)
+        self._listener.live.discard(self)
+        super().connection_lost(exc)
+
+
+def reason_of(exc: BaseException) -> str:
+    """OpenSSL's words for why it refused a peer."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return exc.verify_message
+    if isinstance(exc, ssl.SSLError) and exc.reason:
+        return exc.reason.replace("_", " ").lower()
+    return str(exc)
+
+
+def address_of(peername: Any) -> str:
+    """HOST:PORT of a socket's peer name, for messages."""
+    if not isinstance(peername, tuple):
+        return "an unknown address"
+    host, port = peername[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

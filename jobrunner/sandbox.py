@@ -7,6 +7,7 @@ left is a FIFO whose only reader is the shim.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import sys
@@ -19,15 +20,15 @@ from jobrunner.job import signal_number
 from jobrunner.linux.cgroup import JobCgroup
 from jobrunner.record import JobRecord
 from jobrunner.shim import binary_path
-from jobrunner.shim.launch import LaunchPlan, Report, pack_plan, parse_report
+from jobrunner.shim.launch import LaunchPlan, pack_plan, parse_report
 
 DEFAULT_ENV = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/",
     "LANG": "C.UTF-8",
 }
-LAUNCH_TIMEOUT = 30.0
-"""Seconds until a launcher that says nothing is given up: a mount or an exec from a dead network file system."""
+HOST_NAME_MAX = 64
+"""sethostname(2)."""
 
 
 def check_host() -> None:
@@ -44,15 +45,79 @@ def base_name(state_dir: Path) -> str:
     return f"jobrunner-{hashlib.sha256(os.fsencode(state_dir)).hexdigest()[:8]}"
 
 
-async def launch(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig) -> float:
+async def launch(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig) -> None:
     """Run the launcher until the job's command has been executed. Raises StartFailed with the step that failed."""
-    with _item_list(_plan(record, cgroup, directory, config)) as items:
+    items = os.memfd_create("jobrunner-launch", os.MFD_CLOEXEC)
+    try:
+        with open(items, "wb", closefd=False) as file:
+            file.write(pack_plan(_plan(record, cgroup, directory, config)))
         process = await asyncio.create_subprocess_exec(
             binary_path(), stdin=items, stdout=asyncio.subprocess.PIPE, cwd="/", env={}, start_new_session=True
         )
-        assert process.stdout is not None
-        line = await process.stdout.read()
-        await process.wait()
-    report = parse_report(line)
+    except OSError as exc:
+        raise StartFailed(record.spec.command, "launcher", exc.errno or 0) from exc
+    finally:
+        os.close(items)
+    assert process.stdout is not None
+    report = parse_report(await process.stdout.read())
+    await process.wait()
     if not report.started:
         raise StartFailed(record.spec.command, report.step, report.errno, report.detail)
+
+
+def _plan(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig) -> LaunchPlan:
+    spec, limits = record.spec, record.limits
+    return LaunchPlan(
+        directory=str(directory),
+        command=(spec.command, *spec.args),
+        env=DEFAULT_ENV | spec.env,
+        cwd=spec.cwd or "/",
+        hostname=(spec.name or record.job_id)[:HOST_NAME_MAX],
+        cgroup_items=cgroup.launch_items(),
+        merge=spec.merge,
+        stop_signal=signal_number(spec.stop_signal),
+        grace=config.grace if spec.grace is None else spec.grace,
+        timeout=limits.timeout,
+        idle_timeout=limits.idle_timeout,
+        open_files=limits.open_files,
+        segment_bytes=config.segment_bytes,
+    )
+
+
+class ShimHandle:
+    """The writing end of a shim's `ctl`: it tells the shim to look, and tells us when the shim is gone."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._loop = asyncio.get_running_loop()
+        self._gone = asyncio.Event()
+        # A FIFO's writing end without a reader polls as an error, which the loop gives to its readers (poll(2)).
+        self._loop.add_reader(fd, self._on_gone)
+
+    @classmethod
+    def open(cls, directory: Path) -> Self | None:
+        """The handle on a job's shim; None if no shim is there any more (ENXIO, fifo(7))."""
+        try:
+            return cls(os.open(directory / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError:
+            return None
+
+    def send(self, line: bytes) -> None:
+        """Write one line, whole or not at all; a shim that is gone, or has a full pipe of lines to look at, needs no more."""
+        if self._fd >= 0:
+            with contextlib.suppress(BrokenPipeError, BlockingIOError):
+                os.write(self._fd, line)
+
+    async def gone(self) -> None:
+        """Wait until the shim is gone."""
+        await self._gone.wait()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    def _on_gone(self) -> None:
+        self._loop.remove_reader(self._fd)
+        self._gone.set()

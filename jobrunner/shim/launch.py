@@ -1,0 +1,72 @@
+"""What the launcher is given and what it answers (docs/formats.md, Launch)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jobrunner.shim.items import pack_items
+
+__all__ = ["LaunchPlan", "Report", "pack_plan", "parse_report"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchPlan:
+    """Everything the shim needs to know of a job; times in seconds, sizes in bytes."""
+
+    directory: str
+    """The job's, absolute; it and `log/` in it exist."""
+    command: Sequence[str]
+    env: Mapping[str, str]
+    cwd: str = "/"
+    hostname: str
+    cgroup_items: Sequence[tuple[str, str]] = ()
+    """The items that the job's cgroup gives: where to enter, OOM notice, counters."""
+    merge: bool = False
+    stop_signal: int = 15
+    grace: float = 10.0
+    timeout: float | None = None
+    idle_timeout: float | None = None
+    open_files: int | None = None
+    segment_bytes: int = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The launcher's answer: started, or the step that failed, its errno (0 if no system call failed) and what it was at."""
+
+    started: bool
+    step: str = ""
+    errno: int = 0
+    detail: str = ""
+
+
+def pack_plan(plan: LaunchPlan) -> bytes:
+    """The item list for the launcher's standard input."""
+    items = [("dir", plan.directory), ("hostname", plan.hostname), ("cwd", plan.cwd), *plan.cgroup_items]
+    items += [("merge", str(int(plan.merge))), ("stop-signal", str(plan.stop_signal)), ("segment-bytes", str(plan.segment_bytes))]
+    items += [("grace-ms", _milliseconds(plan.grace))]
+    for key, seconds in (("timeout-ms", plan.timeout), ("idle-timeout-ms", plan.idle_timeout)):
+        if seconds is not None:
+            items.append((key, _milliseconds(seconds)))
+    if plan.open_files is not None:
+        items.append(("open-files", str(plan.open_files)))
+    items += [("env", f"{name}={value}") for name, value in plan.env.items()]
+    items += [("arg", arg) for arg in plan.command]
+    return pack_items("jobrunner-launch", items)
+
+
+def parse_report(line: bytes) -> Report:
+    """The launcher's line; one that is none, or is empty, means that the helper died."""
+    text = line.decode("utf-8", "replace")
+    if text == "started\n":
+        return Report(True)
+    match = re.fullmatch(r"failed (\S+) (\d+) (.*)\n", text, re.DOTALL)
+    if match is None:
+        return Report(False, "init", 0, "the helper died")
+    return Report(False, match[1], int(match[2]), match[3])
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(round(seconds * 1000))

@@ -66,7 +66,7 @@ class CgroupHost(Protocol):
     ) -> JobCgroup:
         """Make a job's cgroup with these limits; when it fails, nothing is left of it.
 
-        A limit that cannot be applied raises LimitNotApplied. Two exceptions, which `missing` tells: its name is in `allow_missing`;
+        A limit that cannot be applied raises LimitNotApplied. Two exceptions, which `missing` tells: `allow_missing` names it;
         or it is of disk I/O, there is no disk, and it is a default (`explicit` has the names of the limits that the caller set).
         HostError if the tree cannot be used.
         """

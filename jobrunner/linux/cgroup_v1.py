@@ -1,0 +1,274 @@
+"""Jobs' cgroups on v1 and hybrid hosts: one directory in each hierarchy, and in a hybrid host's v2 tree for its `cgroup.kill`.
+
+The shim enters the CPU hierarchy alone, so that copying a flood of output is paid for by the job; init enters all of them. The
+files: the kernel's Documentation/admin-guide/cgroup-v1 and Documentation/scheduler/sched-bwc.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from jobrunner.job import Limits, Usage, is_job_id
+from jobrunner.linux import kernfs
+from jobrunner.linux.counters import Counter, usage_of
+from jobrunner.linux.disk import Disk
+from jobrunner.linux.kernfs import Outcome, set_and_check, write_if_there
+from jobrunner.linux.mountinfo import CgroupMount
+
+__all__ = ["CONTROLLERS", "CgroupV1", "CgroupV1Host"]
+
+CONTROLLERS = ("cpu", "cpuacct", "memory", "pids", "blkio")
+UNIFIED = "unified"
+PERIOD = 100_000
+"""Microseconds: the kernel's default for cpu.cfs_period_us."""
+MIN_QUOTA = 1000
+MAX_PERIOD = 1_000_000
+MAX_IOPS = (1 << 32) - 2
+"""The kernel takes 32 bits and keeps the low ones of more; all ones means no limit."""
+BUFFERED = "disk writes: cgroup v1 limits direct and synced writes only, buffered writes are not limited"
+SWAP = "memory: swap is not limited, the kernel does not account it (boot with swapaccount=1)"
+
+
+class CgroupV1:
+    """One job's directories, by controller; two that share a hierarchy have the same."""
+
+    def __init__(self, directories: Mapping[str, Path], files: Collection[str], missing: tuple[str, ...] = ()) -> None:
+        self.missing = missing
+        self._directories = directories
+        self._counters = _counters(directories, files)
+
+    def __repr__(self) -> str:
+        where = next(iter(self._directories.values()), None)
+        return f"<CgroupV1 {where.name if where else '?'} in {' '.join(self._directories)}>"
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        return {name: str(directory) for name, directory in self._directories.items()}
+
+    def launch_items(self) -> list[tuple[str, str]]:
+        items = []
+        v1 = {name: directory for name, directory in self._directories.items() if name != UNIFIED}
+        if "cpu" in v1:
+            items.append(("cgroup1-shim", f"{v1['cpu']}/tasks"))
+        items += [("cgroup1-job", f"{directory}/tasks") for directory in dict.fromkeys(v1.values())]
+        if UNIFIED in self._directories:
+            items.append(("cgroup2-job", str(self._directories[UNIFIED])))
+        if "memory" in v1:
+            items.append(("oom-control", f"{v1['memory']}/memory.oom_control"))
+        return items + [counter.item() for counter in self._counters]
+
+    def usage(self) -> Usage:
+        now = [Counter(field, 1, "-", self._directories[name] / file) for field, name, file in _NOW if name in self._directories]
+        return usage_of([*self._counters, *now])
+
+    def kill(self) -> None:
+        # Order: no more forks, then the members; otherwise a fork bomb would outrun the loop.
+        if "pids" in self._directories:
+            write_if_there(self._directories["pids"] / "pids.max", "0")
+        if UNIFIED in self._directories:
+            write_if_there(self._directories[UNIFIED] / "cgroup.kill", "1")
+        # Of init's hierarchies the first that is not also the shim's: a shim that lives has its job's end in hand.
+        job = next((self._directories[name] for name in ("pids", "memory", "blkio", "cpuacct") if name in self._directories), None)
+        if job is not None:
+            kernfs.kill_members(job / "cgroup.procs")
+
+    def remove(self) -> bool:
+        return kernfs.remove(dict.fromkeys(self._directories.values()))
+
+    async def removed(self, timeout: float = 5.0) -> bool:
+        return await kernfs.remove_soon(self.remove, timeout)
+
+
+_NOW = (("memory", "memory", "memory.usage_in_bytes"), ("pids", "pids", "pids.current"))
+
+
+def _counters(directories: Mapping[str, Path], files: Collection[str]) -> list[Counter]:
+    """The counters that this host has. `files` are the names of those that not every kernel has."""
+    recursive = "_recursive" if "blkio.throttle.io_service_bytes_recursive" in files else ""
+    if UNIFIED in directories and "cpu.stat" in files:  # exact; v1 counts user and system time by the tick
+        cpu = [("cpu_user_ns", 1000, "user_usec", UNIFIED, "cpu.stat"), ("cpu_system_ns", 1000, "system_usec", UNIFIED, "cpu.stat")]
+    elif "cpuacct.usage_user" in files:
+        cpu = [("cpu_user_ns", 1, "-", "cpuacct", "cpuacct.usage_user"), ("cpu_system_ns", 1, "-", "cpuacct", "cpuacct.usage_sys")]
+    else:  # USER_HZ is 100 on every architecture: time(7)
+        cpu = [(f"cpu_{kind}_ns", 10_000_000, kind, "cpuacct", "cpuacct.stat") for kind in ("user", "system")]
+    table = [
+        *cpu,
+        ("memory_peak", 1, "-", "memory", "memory.max_usage_in_bytes"),
+        ("pids_peak", 1, "-", "pids", "pids.peak"),
+        ("read_bytes", 1, "Read", "blkio", f"blkio.throttle.io_service_bytes{recursive}"),
+        ("write_bytes", 1, "Write", "blkio", f"blkio.throttle.io_service_bytes{recursive}"),
+        ("read_ops", 1, "Read", "blkio", f"blkio.throttle.io_serviced{recursive}"),
+        ("write_ops", 1, "Write", "blkio", f"blkio.throttle.io_serviced{recursive}"),
+        ("throttled_ns", 1, "throttled_time", "cpu", "cpu.stat"),
+        ("oom_kills", 1, "oom_kill", "memory", "memory.oom_control"),
+    ]
+    return [Counter(field, scale, key, directories[name] / file) for field, scale, key, name, file in table if name in directories]
+
+
+_OPTIONAL = (
+    (UNIFIED, "cpu.stat"),
+    (UNIFIED, "cgroup.kill"),
+    ("cpuacct", "cpuacct.usage_user"),
+    ("memory", "memory.memsw.limit_in_bytes"),
+    ("blkio", "blkio.throttle.io_service_bytes_recursive"),
+)
+
+
+class CgroupV1Host:
+    """BASE in each hierarchy that jobs use."""
+
+    def __init__(self, mounts: Mapping[str, CgroupMount], own: Mapping[str, str], parent: str, base_name: str) -> None:
+        """Makes BASE. HostError if a hierarchy cannot be written to."""
+        self.version = "hybrid" if "" in mounts else "v1"
+        names = {name: name for name in CONTROLLERS} | {UNIFIED: ""}
+        self._jobs = {
+            name: Path(mounts[key].directory(parent or own.get(key, "/"))) / base_name / "jobs"
+            for name, key in names.items()
+            if key in mounts
+        }
+        self._parent_cpu = self._jobs["cpu"].parent.parent if "cpu" in self._jobs else None
+        for directory in self._jobs.values():
+            kernfs.make(directory, exist_ok=True)
+        self._files = {file for name, file in _OPTIONAL if name in self._jobs and (self._jobs[name] / file).exists()}
+        if "cgroup.kill" not in self._files and UNIFIED in self._jobs:
+            jobs = self._jobs.pop(UNIFIED)
+            kernfs.remove((jobs, jobs.parent))
+
+    def __repr__(self) -> str:
+        return f"<CgroupV1Host {self.version} {' '.join(map(str, self._jobs.values()))}>"
+
+    def create(
+        self,
+        job_id: str,
+        limits: Limits,
+        disks: Sequence[Disk] = (),
+        allow_missing: Collection[str] = (),
+        explicit: Collection[str] = (),
+    ) -> CgroupV1:
+        made: list[Path] = []
+        try:
+            for jobs in dict.fromkeys(self._jobs.values()):
+                kernfs.make(jobs / job_id)
+                made.append(jobs / job_id)
+            directories = self._directories(job_id)
+            outcome = Outcome(allow_missing, explicit)
+            self._limit_cpu(directories, limits, outcome)
+            self._limit_memory(directories, limits, outcome)
+            self._limit_pids(directories, limits, outcome)
+            _limit_disks(directories.get("blkio"), limits, disks, outcome)
+            return CgroupV1(directories, self._files, tuple(outcome.missing))
+        except BaseException:
+            kernfs.remove(made)
+            raise
+
+    def reopen(self, job_id: str, paths: Mapping[str, str]) -> CgroupV1:
+        directories = {name: Path(path) for name, path in paths.items()} or self._directories(job_id)
+        return CgroupV1(directories, self._files)
+
+    def leftovers(self) -> list[str]:
+        found = {entry.name for jobs in self._jobs.values() if jobs.is_dir() for entry in jobs.iterdir() if entry.is_dir()}
+        return sorted(name for name in found if is_job_id(name))
+
+    def close(self) -> None:
+        for jobs in self._jobs.values():
+            kernfs.remove((jobs, jobs.parent))
+
+    def _directories(self, job_id: str) -> dict[str, Path]:
+        return {name: jobs / job_id for name, jobs in self._jobs.items()}
+
+    def _limit_cpu(self, directories: Mapping[str, Path], limits: Limits, outcome: Outcome) -> None:
+        if limits.cpus is None:
+            return
+        if "cpu" not in directories:
+            outcome.not_applied("cpus", "no cpu cgroup controller is mounted")
+            return
+        outcome.attempt("cpus", partial(self._set_quota, directories["cpu"], limits.cpus))
+
+    def _set_quota(self, directory: Path, cpus: float) -> None:
+        period = min(MAX_PERIOD, max(PERIOD, math.ceil(MIN_QUOTA / cpus)))
+        quota = str(max(MIN_QUOTA, round(cpus * period)))
+        if period != PERIOD:
+            set_and_check(directory / "cpu.cfs_period_us", str(period), lambda text: text.strip() == str(period))
+        try:
+            set_and_check(directory / "cpu.cfs_quota_us", quota, lambda text: text.strip() == quota)
+        except OSError:
+            # v1 refuses a quota above an ancestor's. Then the ancestor's is the tighter limit, and it holds.
+            if self._ancestor_cpus() > cpus:
+                raise
+
+    def _ancestor_cpus(self) -> float:
+        """The tightest quota of the cgroups above BASE, as far as they can be seen; infinite if there is none."""
+        found = math.inf
+        directory = self._parent_cpu
+        while directory is not None and (directory / "cpu.cfs_quota_us").exists():
+            quota = int(kernfs.read(directory / "cpu.cfs_quota_us"))
+            if quota > 0:
+                found = min(found, quota / int(kernfs.read(directory / "cpu.cfs_period_us")))
+            directory = directory.parent
+        return found
+
+    def _limit_memory(self, directories: Mapping[str, Path], limits: Limits, outcome: Outcome) -> None:
+        if limits.memory is None:
+            return
+        if "memory" not in directories:
+            outcome.not_applied("memory", "no memory cgroup controller is mounted")
+            return
+        outcome.attempt("memory", partial(self._set_memory, directories["memory"], limits.memory, outcome))
+
+    def _set_memory(self, directory: Path, size: int, outcome: Outcome) -> None:
+        set_and_check(directory / "memory.limit_in_bytes", str(size), kernfs.same_pages(size))
+        if "memory.memsw.limit_in_bytes" in self._files:  # memory and swap together, so the same limit leaves no swap
+            set_and_check(directory / "memory.memsw.limit_in_bytes", str(size), kernfs.same_pages(size))
+            return
+        write_if_there(directory / "memory.swappiness", "0")
+        if kernfs.has_swap():
+            outcome.missing.append(SWAP)
+
+    def _limit_pids(self, directories: Mapping[str, Path], limits: Limits, outcome: Outcome) -> None:
+        if limits.pids is None:
+            return
+        if "pids" not in directories:
+            outcome.not_applied("pids", "no pids cgroup controller is mounted")
+            return
+        text = str(limits.pids)
+        file = directories["pids"] / "pids.max"
+        outcome.attempt("pids", lambda: set_and_check(file, text, lambda now: now.strip() == text))
+
+
+def _limit_disks(directory: Path | None, limits: Limits, disks: Sequence[Disk], outcome: Outcome) -> None:
+    wanted = {name: getattr(limits, name) for name in ("read_bps", "write_bps", "read_iops", "write_iops")}
+    devices = [disk.device for disk in disks if disk.device]
+    applied = set()
+    for name, value in wanted.items():
+        if value is None:
+            continue
+        if directory is None:
+            outcome.not_applied(name, "no blkio cgroup controller is mounted")
+        elif not devices:
+            reason = "; ".join(disk.reason for disk in disks) or "no disk is known"
+            outcome.not_applied(name, reason, only_if_explicit=True)
+        else:
+            before = len(outcome.missing)
+            outcome.attempt(name, partial(_throttle, directory, name, value, devices))
+            applied |= {name} if len(outcome.missing) == before else set()
+    if applied & {"write_bps", "write_iops"}:
+        outcome.missing.append(BUFFERED)
+    if applied:
+        outcome.missing += [f"disk I/O: not limited where {disk.reason}" for disk in disks if not disk.device and not disk.memory]
+    elif directory is not None:
+        for device in devices:  # the kernel counts a disk's I/O only once the throttle of that disk is in use; 0 is no limit
+            write_if_there(directory / "blkio.throttle.read_bps_device", f"{device} 0")
+
+
+def _throttle(directory: Path, name: str, value: int, devices: Sequence[str]) -> None:
+    value = min(value, MAX_IOPS) if name.endswith("iops") else value
+    for device in devices:
+        line = f"{device} {value}"
+        set_and_check(directory / f"blkio.throttle.{name}_device", line, partial(_has_line, line))
+
+
+def _has_line(line: str, text: str) -> bool:
+    return line in text.splitlines()

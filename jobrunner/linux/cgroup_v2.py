@@ -1,0 +1,232 @@
+"""Jobs' cgroups on v2 hosts, by the kernel's Documentation/admin-guide/cgroup-v2.
+
+OWN                 where the server was started; subtree_control: all that is there of cpu memory pids io
+└─ BASE             likewise
+    ├─ server       the server itself, moved here once if OWN is not the root: a cgroup that hands out controllers holds no process
+    └─ jobs         likewise
+        └─ <id>     cpu.max, so that copying a flood of output is paid for by the job; subtree_control: memory pids io
+            ├─ shim
+            └─ job  memory.max, memory.swap.max 0, memory.oom.group 1, pids.max, io.max
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from jobrunner.errors import HostError
+from jobrunner.job import Limits, Usage, is_job_id
+from jobrunner.linux import kernfs
+from jobrunner.linux.counters import Counter, usage_of
+from jobrunner.linux.disk import Disk
+from jobrunner.linux.kernfs import Outcome, set_and_check, write_if_there
+from jobrunner.linux.mountinfo import CgroupMount
+
+__all__ = ["CgroupV2", "CgroupV2Host"]
+
+CONTROLLERS = ("cpu", "memory", "pids", "io")
+BELOW_JOB = ("memory", "pids", "io")
+PERIOD = 100_000
+MIN_QUOTA = 1000
+MAX_PERIOD = 1_000_000
+IO_KEYS = {"read_bps": "rbps", "write_bps": "wbps", "read_iops": "riops", "write_iops": "wiops"}
+MAX_IOPS = (1 << 32) - 2
+"""io.max takes 32 bits of operations; all ones means no limit."""
+SWAP = "memory: swap is not limited, the kernel does not account it (boot with swapaccount=1)"
+
+
+class CgroupV2:
+    """One job's directory with its two children."""
+
+    def __init__(self, directory: Path, missing: tuple[str, ...] = ()) -> None:
+        self.missing = missing
+        self._top = directory
+        self._shim = directory / "shim"
+        self._job = directory / "job"
+        self._counters = [
+            Counter("cpu_user_ns", 1000, "user_usec", self._job / "cpu.stat"),
+            Counter("cpu_system_ns", 1000, "system_usec", self._job / "cpu.stat"),
+            Counter("memory_peak", 1, "-", self._job / "memory.peak"),
+            Counter("pids_peak", 1, "-", self._job / "pids.peak"),
+            Counter("read_bytes", 1, "rbytes", self._job / "io.stat"),
+            Counter("write_bytes", 1, "wbytes", self._job / "io.stat"),
+            Counter("read_ops", 1, "rios", self._job / "io.stat"),
+            Counter("write_ops", 1, "wios", self._job / "io.stat"),
+            Counter("throttled_ns", 1000, "throttled_usec", self._top / "cpu.stat"),
+            Counter("oom_kills", 1, "oom_kill", self._job / "memory.events"),
+        ]
+
+    def __repr__(self) -> str:
+        return f"<CgroupV2 {self._top}>"
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        return {"unified": str(self._top)}
+
+    def launch_items(self) -> list[tuple[str, str]]:
+        where = [("cgroup2-shim", str(self._shim)), ("cgroup2-job", str(self._job))]
+        return where + [counter.item() for counter in self._counters]
+
+    def usage(self) -> Usage:
+        now = [("memory", "memory.current"), ("pids", "pids.current")]
+        return usage_of([*self._counters, *(Counter(field, 1, "-", self._job / file) for field, file in now)])
+
+    def kill(self) -> None:
+        if (self._job / "cgroup.kill").exists():
+            write_if_there(self._job / "cgroup.kill", "1")
+            return
+        write_if_there(self._job / "pids.max", "0")  # before Linux 5.14; no more forks, then the members
+        kernfs.kill_members(self._job / "cgroup.procs")
+
+    def remove(self) -> bool:
+        return kernfs.remove((self._job, self._shim, self._top))
+
+    async def removed(self, timeout: float = 5.0) -> bool:
+        return await kernfs.remove_soon(self.remove, timeout)
+
+
+class CgroupV2Host:
+    """BASE, and the controllers that the host lets it have."""
+
+    version = "v2"
+
+    def __init__(self, mount: CgroupMount, own: str, parent: str, base_name: str) -> None:
+        """Makes BASE and hands the controllers down to it. HostError, with the remedy, if the tree cannot be written to."""
+        top = Path(mount.directory(parent or own.removesuffix(f"/{base_name}/server") or "/"))
+        base = top / base_name
+        self._jobs = base / "jobs"
+        kernfs.make(self._jobs, exist_ok=True)
+        offered = kernfs.read(top / "cgroup.controllers").split()
+        self._controllers = tuple(name for name in CONTROLLERS if name in offered)
+        try:
+            _hand_down_from(top, base, self._controllers)
+            for directory in (base, self._jobs):
+                _hand_down(directory, self._controllers)
+        except OSError as exc:
+            raise HostError(f"cannot hand down cgroup controllers: {exc.strerror}; {kernfs.REMEDY}") from exc
+
+    def __repr__(self) -> str:
+        return f"<CgroupV2Host {self._jobs} {' '.join(self._controllers)}>"
+
+    def create(
+        self,
+        job_id: str,
+        limits: Limits,
+        disks: Sequence[Disk] = (),
+        allow_missing: Collection[str] = (),
+        explicit: Collection[str] = (),
+    ) -> CgroupV2:
+        top = self._jobs / job_id
+        made: list[Path] = []
+        try:
+            for directory in (top, top / "shim", top / "job"):
+                kernfs.make(directory)
+                made.insert(0, directory)
+            try:
+                _hand_down(top, [name for name in BELOW_JOB if name in self._controllers])
+            except OSError as exc:
+                raise HostError(f"cannot hand down cgroup controllers: {exc.strerror}; {kernfs.REMEDY}") from exc
+            outcome = Outcome(allow_missing, explicit)
+            self._limit(top, limits, outcome)
+            self._limit_disks(top / "job", limits, disks, outcome)
+            return CgroupV2(top, tuple(outcome.missing))
+        except BaseException:
+            kernfs.remove(made)
+            raise
+
+    def reopen(self, job_id: str, paths: Mapping[str, str]) -> CgroupV2:
+        return CgroupV2(Path(paths.get("unified") or self._jobs / job_id))
+
+    def leftovers(self) -> list[str]:
+        return sorted(entry.name for entry in self._jobs.iterdir() if entry.is_dir() and is_job_id(entry.name))
+
+    def close(self) -> None:
+        kernfs.remove((self._jobs, self._jobs.parent))
+
+    def _limit(self, top: Path, limits: Limits, outcome: Outcome) -> None:
+        wanted = (
+            ("cpus", "cpu", limits.cpus, lambda cpus: _set_cpu(top, cpus)),
+            ("memory", "memory", limits.memory, lambda size: _set_memory(top / "job", size, outcome)),
+            ("pids", "pids", limits.pids, lambda most: _set_pids(top / "job", most)),
+        )
+        for limit, controller, value, apply in wanted:
+            if value is not None and controller in self._controllers:
+                outcome.attempt(limit, partial(apply, value))
+            elif value is not None:
+                outcome.not_applied(limit, f"the {controller} cgroup controller is not there; {kernfs.REMEDY}")
+
+    def _limit_disks(self, job: Path, limits: Limits, disks: Sequence[Disk], outcome: Outcome) -> None:
+        devices = [disk.device for disk in disks if disk.device]
+        applied = False
+        for limit, key in IO_KEYS.items():
+            value = getattr(limits, limit)
+            if value is None:
+                continue
+            if "io" not in self._controllers:
+                outcome.not_applied(limit, f"the io cgroup controller is not there; {kernfs.REMEDY}")
+            elif not devices:
+                reason = "; ".join(disk.reason for disk in disks) or "no disk is known"
+                outcome.not_applied(limit, reason, only_if_explicit=True)
+            else:
+                applied = True
+                outcome.attempt(limit, partial(_set_io, job, key, value, devices))
+        if applied:
+            outcome.missing += [
+                f"disk I/O: not limited where {disk.reason}" for disk in disks if not disk.device and not disk.memory
+            ]
+
+
+def _hand_down(directory: Path, controllers: Iterable[str]) -> None:
+    """Let the children of a cgroup have controllers; those that they have already stay. Raises OSError."""
+    file = directory / "cgroup.subtree_control"
+    lacking = set(controllers) - set(kernfs.read(file).split())
+    if lacking:
+        kernfs.write(file, " ".join(f"+{name}" for name in sorted(lacking)))
+
+
+def _hand_down_from(top: Path, base: Path, controllers: Iterable[str]) -> None:
+    """The same from the server's own cgroup, which must hold no process for that unless it is the root: move out of it, once."""
+    try:
+        _hand_down(top, controllers)
+    except OSError as exc:
+        if exc.errno != errno.EBUSY:
+            raise
+        kernfs.make(base / "server", exist_ok=True)
+        kernfs.write(base / "server" / "cgroup.procs", "0")
+        try:
+            _hand_down(top, controllers)
+        except OSError as again:
+            reason = "other processes are in it; start the server in a cgroup of its own (systemd: Delegate=yes)"
+            raise HostError(f"cannot hand down cgroup controllers from {top}: {reason}") from again
+
+
+def _set_cpu(top: Path, cpus: float) -> None:
+    period = min(MAX_PERIOD, max(PERIOD, math.ceil(MIN_QUOTA / cpus)))
+    text = f"{max(MIN_QUOTA, round(cpus * period))} {period}"
+    set_and_check(top / "cpu.max", text, lambda now: now.strip() == text)
+
+
+def _set_memory(job: Path, size: int, outcome: Outcome) -> None:
+    set_and_check(job / "memory.max", str(size), kernfs.same_pages(size))
+    write_if_there(job / "memory.oom.group", "1")
+    if (job / "memory.swap.max").exists():
+        set_and_check(job / "memory.swap.max", "0", lambda now: now.strip() == "0")
+    elif kernfs.has_swap():
+        outcome.missing.append(SWAP)
+
+
+def _set_pids(job: Path, most: int) -> None:
+    set_and_check(job / "pids.max", str(most), lambda now: now.strip() == str(most))
+
+
+def _set_io(job: Path, key: str, value: int, devices: Sequence[str]) -> None:
+    word = f"{key}={min(value, MAX_IOPS) if key.endswith('iops') else value}"
+    for device in devices:
+        set_and_check(job / "io.max", f"{device} {word}", partial(_has_word, device, word))
+
+
+def _has_word(device: str, word: str, text: str) -> bool:
+    return any(line.split()[:1] == [device] and word in line.split() for line in text.splitlines())

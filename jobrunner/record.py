@@ -116,7 +116,10 @@ class StateDir:
         self.settle(job_id)
 
     def write_stop(self, job_id: str, request: StopRequest) -> None:
-        write_durably(self.directory(job_id) / "stop", pack_stop(request))
+        """Make a stop durable. Who asked first stays who stopped the job."""
+        before = self.read_stop(job_id)
+        by = before.by if before else request.by
+        write_durably(self.directory(job_id) / "stop", pack_stop(replace(request, by=by)))
 
     def read_stop(self, job_id: str) -> StopRequest | None:
         """The stop that was asked for, None if there was none."""

@@ -59,6 +59,7 @@ class RunnerJob:
         self.shim: sandbox.ShimHandle | None = None
         self._runner = runner
         self._ended = asyncio.Event()
+        self._stopping = asyncio.Lock()
         self._log = Log(self, runner.state.directory(self.job_id) / "log", runner.chunks, runner.inotify.changed)
 
     def __repr__(self) -> str:
@@ -105,8 +106,10 @@ class RunnerJob:
         return self.info()
 
     async def _ask_to_stop(self, request: StopRequest) -> None:
-        # Order: the file first, durably, then the line. A stop that was asked for holds even if this server dies in between.
-        await anyio.to_thread.run_sync(self._runner.state.write_stop, self.job_id, request)
+        # One at a time: each replaces the file. Whoever asked first is who stopped it; later ones can only shorten the grace period.
+        async with self._stopping:
+            # Order: the file first, durably, then the line. A stop that was asked for holds even if this server dies in between.
+            await anyio.to_thread.run_sync(self._runner.state.write_stop, self.job_id, request)
         if self.shim is not None:
             self.shim.send(b"stop\n")
 
@@ -156,12 +159,13 @@ class JobRunner:
         sandbox.check_host()
         with contextlib.closing(StateDir(config.state_dir.resolve())) as state, contextlib.closing(Inotify()) as inotify:
             cgroups = detect(config.cgroup_parent, sandbox.base_name(state.path))
-            runner = cls(config, state, cgroups, inotify)
-            try:
-                await recovery.recover(runner)
-                yield runner
-            finally:
-                await runner._detach()
+            with contextlib.closing(cgroups):
+                runner = cls(config, state, cgroups, inotify)
+                try:
+                    await recovery.recover(runner)
+                    yield runner
+                finally:
+                    await runner._detach()
 
     @property
     def cgroup_version(self) -> str:
@@ -240,8 +244,8 @@ class JobRunner:
                 job_id, spec, limits, user, self.config.node, time.time(), fingerprint(spec), cgroup.paths, cgroup.missing
             )
             await anyio.to_thread.run_sync(self.state.create, record)
-            await sandbox.launch(record, cgroup, self.state.directory(job_id), self.config)
-            return self.adopt(record, cgroup, started=time.time())
+            started = await sandbox.launch(record, cgroup, self.state.directory(job_id), self.config)
+            return self.adopt(record, cgroup, started)
         except BaseException:
             if cgroup is not None:
                 await cgroup.removed()

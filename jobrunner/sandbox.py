@@ -20,6 +20,7 @@ from jobrunner.job import signal_number
 from jobrunner.linux.cgroup import JobCgroup
 from jobrunner.record import JobRecord
 from jobrunner.shim import binary_path
+from jobrunner.shim.exitrecord import read_exit
 from jobrunner.shim.launch import LaunchPlan, pack_plan, parse_report
 
 DEFAULT_ENV = {
@@ -45,8 +46,11 @@ def base_name(state_dir: Path) -> str:
     return f"jobrunner-{hashlib.sha256(os.fsencode(state_dir)).hexdigest()[:8]}"
 
 
-async def launch(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig) -> None:
-    """Run the launcher until the job's command has been executed. Raises StartFailed with the step that failed."""
+async def launch(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig) -> float:
+    """Run the launcher until the job's command has been executed; when that was, by the shim's clock (seconds since the epoch).
+
+    Raises StartFailed with the step that failed.
+    """
     items = os.memfd_create("jobrunner-launch", os.MFD_CLOEXEC)
     try:
         with open(items, "wb", closefd=False) as file:
@@ -63,6 +67,8 @@ async def launch(record: JobRecord, cgroup: JobCgroup, directory: Path, config: 
     await process.wait()
     if not report.started:
         raise StartFailed(record.spec.command, report.step, report.errno, report.detail)
+    started = read_exit(directory / "exit")  # written just now, so it is in memory
+    return started.started_ns / 1e9 if started else record.created
 
 
 def _plan(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig) -> LaunchPlan:

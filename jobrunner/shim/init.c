@@ -193,6 +193,7 @@ _Noreturn void init_main(const struct plan *plan, const struct places *places, i
 		dup3(keep[i], at[i], O_CLOEXEC);
 	close_above(6);
 	drop_capabilities();
+	forget_birth();
 
 	struct pollfd fds[] = {{.fd = 3, .events = POLLIN}, {.fd = 4, .events = POLLIN}};
 	for (;;) {

@@ -418,6 +418,7 @@ _Noreturn void shim_main(struct plan *plan, const struct places *places, int rep
 	close(report);
 	munmap(plan->argv, plan->vectors_size);		/* values of environment variables among them */
 	munmap(list, list_size);
+	forget_birth();
 	supervise();
 	settle();
 	_exit(0);

@@ -117,5 +117,6 @@ int enter_cgroups(const int *tasks, int count);
 _Noreturn void report_failure(int fd, const char *step, int error, const char *detail);
 void say_failure(int fd, const struct failure *failure);
 void close_above(unsigned int first);
+void forget_birth(void);
 
 #endif

@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -85,6 +86,18 @@ int enter_cgroups(const int *tasks, int count)
 		if (write(tasks[i], "0", 1) != 1)
 			return i;
 	return -1;
+}
+
+/*
+ * Give back the pages of the program that only the birth needed: they are clean and the file's, so whatever is called again is mapped
+ * again from the page cache. Of half a megabyte, this leaves a loop's few pages, for as long as the job runs.
+ */
+void forget_birth(void)
+{
+	extern char __executable_start, etext;
+	uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+	uintptr_t first = ((uintptr_t)&__executable_start + page - 1) & ~(page - 1), end = (uintptr_t)&etext & ~(page - 1);
+	madvise((void *)first, end - first, MADV_DONTNEED);
 }
 
 void close_above(unsigned int first)

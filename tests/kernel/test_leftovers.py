@@ -7,6 +7,7 @@ import os
 import threading
 from pathlib import Path
 
+import anyio
 import pytest
 from tests.support.runner import cgroup_directories, open_runner, processes_with, run, shell
 
@@ -46,6 +47,7 @@ def is_my_zombie(pid: str) -> bool:
 async def test_nothing_is_left_after_200_jobs(tmp_path: Path) -> None:
     async with open_runner(tmp_path) as runner:
         await run(runner, JobSpec("true"))
+        await anyio.wait_all_tasks_blocked()
         before = state()
 
         async def one(number: int) -> str | None:
@@ -61,6 +63,7 @@ async def test_nothing_is_left_after_200_jobs(tmp_path: Path) -> None:
         job_ids: list[str | None] = []
         for start in range(0, 200, 20):
             job_ids += await asyncio.gather(*(one(number) for number in range(start, start + 20)))
+        await anyio.wait_all_tasks_blocked()
         assert state() == before
         assert len([job_id for job_id in job_ids if job_id]) == 175
         directories = {path.rsplit("/", 1)[-1] for path in cgroup_directories("jobs")}

@@ -39,6 +39,7 @@ show() {
     PATH="$bin:$PATH" "$@" >"$dir/out" 2>&1 || code=$?
     cat "$dir/out"
     out=$(<"$dir/out")
+    [ "$code" = 0 ] || echo "(exit code $code)"
 }
 
 started() { [[ $out =~ ^Started\ job\ with\ ID:\ ([0-9a-f]{12})$ ]] && id=${BASH_REMATCH[1]} || fail "no job id: $out"; }

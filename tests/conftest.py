@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+# The fixtures `server` and `private_server`.
+pytest_plugins = ("tests.support.daemon",)
+
 MUST_RUN = os.environ.get("JOBRUNNER_MUST_RUN") == "1"
 
 

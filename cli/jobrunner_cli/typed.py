@@ -22,18 +22,21 @@ class _AsTyped:
 
 
 class PlainCommand(TyperCommand):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _leave_as_typed(self.params)
+    """A command whose parameters are taken as they were typed."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _as_typed(super().get_params(ctx))
 
 
 class PlainGroup(TyperGroup):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _leave_as_typed(self.params)
+    """A group likewise."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _as_typed(super().get_params(ctx))
 
 
-def _leave_as_typed(params: list[Any]) -> None:
+def _as_typed(params: list[Any]) -> list[Any]:
     # Private to typer. Where a version of typer has no such attribute this changes nothing, and its own conversion gives the same.
     for param in params:
         param._runtime_param = _AsTyped()
+    return params

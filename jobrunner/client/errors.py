@@ -96,14 +96,26 @@ def _address(channel: ClientChannel) -> str:
 def _told(channel: ClientChannel, attempt: Attempt, exc: GRPCError) -> JobRunnerError:
     """What the server said. Without its trailer it was not the service that spoke, and the text says too little by itself."""
     trailer = attempt.call.trailing_metadata if attempt.call is not None else None
-    error = error_from_wire(exc.status, exc.message, trailer)
+    status = _bare_status(attempt) or exc.status
+    error = error_from_wire(status, exc.message, trailer)
     if trailer and ERROR_TRAILER in trailer:
         return error
-    if exc.status is Status.UNIMPLEMENTED:
+    if status is Status.UNIMPLEMENTED:
         return Unsupported(f"cannot {attempt.verb}: the server at {_address(channel)} is too old")
     if not error.message.startswith("cannot "):
         return type(error)(f"cannot {attempt.verb}: {error.message}") if _takes_text(error) else error
     return error
+
+
+def _bare_status(attempt: Attempt) -> Status | None:
+    """The status of an answer without a content type, which grpclib's servers give to a call that they do not know.
+
+    grpclib's client looks at the content type first, and says UNKNOWN.
+    """
+    stream = getattr(attempt.call, "_stream", None)
+    headers = dict(getattr(stream, "headers", None) or ())
+    text = headers.get("grpc-status", "") if "content-type" not in headers else ""
+    return next((status for status in Status if str(status.value) == text), None)
 
 
 def _takes_text(error: JobRunnerError) -> bool:

@@ -1,0 +1,110 @@
+"""What goes wrong between a client and a server, as errors of this project."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from jobrunner.client import JobClient
+from jobrunner.errors import ConfigError, JobRunnerError, Timeout, Unauthenticated, Unavailable, Unsupported
+from jobrunner.server.devcerts import make_certs
+from tests.support.peer import client_of, peer_client
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+JOB = "0123456789ab"
+
+
+async def silent(stream: Any) -> None:
+    await anyio.sleep_forever()
+
+
+async def test_a_call_the_server_does_not_know_says_that_it_is_too_old(tmp_path: Path) -> None:
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path) as (client, _):
+            with pytest.raises(Unsupported, match=f"cannot query job {JOB}: the server at 127.0.0.1:.* is too old"):
+                await client.get(JOB).status()
+
+
+async def test_a_server_that_does_not_answer_in_time_is_a_timeout(tmp_path: Path) -> None:
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, status=silent, timeout=0.3) as (client, _):
+            with pytest.raises(Timeout, match=f"cannot query job {JOB}: no answer from 127.0.0.1:.* within 0.3 s"):
+                await client.get(JOB).info()
+
+
+async def test_after_a_timeout_the_task_can_be_cancelled_and_time_out_as_any_other(tmp_path: Path) -> None:
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, status=silent, timeout=0.1) as (client, _):
+            with pytest.raises(Timeout):
+                await client.get(JOB).info()
+            task = asyncio.current_task()
+            assert task is not None
+            assert task.cancelling() == 0
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await anyio.sleep_forever()
+
+
+async def test_a_callers_own_deadline_stays_its_own(tmp_path: Path) -> None:
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, status=silent, timeout=60) as (client, _):
+            with anyio.move_on_after(0.2) as scope:
+                await client.get(JOB).info()
+            assert scope.cancelled_caught
+
+
+async def test_a_connection_lost_during_a_call_is_unavailable_and_the_next_call_connects_again(tmp_path: Path) -> None:
+    calls = 0
+
+    async def answer(stream: Any) -> None:
+        nonlocal calls
+        calls += 1
+        stream._stream._transport.abort()
+
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, status=answer) as (client, _):
+            for _ in range(2):
+                with pytest.raises(Unavailable, match="lost the connection to 127.0.0.1:"):
+                    await client.get(JOB).info()
+    assert calls == 2
+
+
+async def test_a_refused_certificate_is_unauthenticated_with_or_without_an_alert(tmp_path: Path) -> None:
+    make_certs(tmp_path / "other")
+    with anyio.fail_after(10):
+        async with (
+            peer_client(tmp_path) as (client, _),
+            client_of(client.address, tmp_path, tmp_path / "other") as stranger,
+        ):
+            with pytest.raises(Unauthenticated, match="cannot reach 127.0.0.1:.* rejected the client certificate"):
+                await stranger.get(JOB).info()
+
+
+async def test_nobody_there_is_unavailable_and_says_why(tmp_path: Path) -> None:
+    make_certs(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    with anyio.fail_after(10):
+        async with client_of(address, tmp_path, tmp_path) as client:
+            with pytest.raises(Unavailable, match=f"cannot reach {address}: Connection refused"):
+                await client.list()
+
+
+@pytest.mark.parametrize("missing", ["JOBRUNNER_ADDRESS", "JOBRUNNER_CA", "JOBRUNNER_CERT", "JOBRUNNER_KEY"])
+def test_from_env_names_the_variable_that_is_missing(missing: str) -> None:
+    environ = dict.fromkeys(["JOBRUNNER_ADDRESS", "JOBRUNNER_CA", "JOBRUNNER_CERT", "JOBRUNNER_KEY"], "host:1")
+    del environ[missing]
+    with pytest.raises(ConfigError, match=f"cannot read {missing}: it is not set"):
+        JobClient.from_env(environ)
+
+
+async def test_a_client_that_is_not_open_says_so() -> None:
+    client = JobClient("host:1", ca="ca", cert="cert", key="key")
+    with pytest.raises(JobRunnerError, match="cannot reach host:1: the client is not open"):
+        await client.get(JOB).info()

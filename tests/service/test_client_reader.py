@@ -1,0 +1,223 @@
+"""The SDK's reader against a peer that answers as the test says: bounds, endings, and streams that break off."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+from grpclib.const import Status
+from grpclib.exceptions import GRPCError
+
+from jobrunner import Gap, JobRunnerError, Stream, WouldBlock
+from jobrunner.client.reader import PREFETCH
+from jobrunner.errors import InternalError, JobNotFound, OffsetOutOfRange, Unavailable
+from jobrunner.output import Chunk, End
+from jobrunner.wire.convert import output_to_wire
+from jobrunner.wire.status import error_to_wire
+from tests.support.peer import Output, peer_client
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+JOB = "0123456789ab"
+BLOCK = bytes(range(256)) * 255
+
+
+def chunk(data: bytes, offset: int, stream: Stream = Stream.STDOUT) -> Chunk:
+    return Chunk(stream, data, offset, 1.5)
+
+
+def sends(*parts: Chunk | Gap | End) -> Any:
+    """An answer that sends these and ends with OK."""
+
+    async def answer(stream: Output) -> None:
+        await stream.recv_message()
+        for part in parts:
+            await stream.send_message(output_to_wire(part))
+
+    return answer
+
+
+async def test_parts_come_in_order_and_the_end_is_kept(tmp_path: Path) -> None:
+    parts: list[Chunk | Gap | End] = [chunk(b"a", 0), chunk(b"b", 1, Stream.STDERR), Gap(2, 9, "dropped"), chunk(b"c", 10)]
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=sends(*parts, End(11))) as (client, _), client.get(JOB).log() as reader:
+            assert [part async for part in reader] == parts
+            assert reader.end == End(11)
+            assert reader.offset == 11
+
+
+async def test_a_stream_that_stops_without_its_end_is_an_error(tmp_path: Path) -> None:
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=sends(chunk(b"abc", 0))) as (client, _), client.get(JOB).log() as reader:
+            assert await anext(reader) == chunk(b"abc", 0)
+            with pytest.raises(InternalError, match=f"cannot read log of job {JOB}: it stopped at offset 3 without its end"):
+                await anext(reader)
+            assert reader.end is None
+
+
+async def test_a_connection_that_is_lost_is_an_error_that_tells_where_to_go_on(tmp_path: Path) -> None:
+    async def answer(stream: Output) -> None:
+        await stream.send_message(output_to_wire(chunk(b"abc", 0)))
+        stream._stream._transport.abort()
+
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=answer) as (client, _), client.get(JOB).log() as reader:
+            assert await anext(reader) == chunk(b"abc", 0)
+            with pytest.raises(Unavailable, match="lost the connection to 127.0.0.1:"):
+                await anext(reader)
+            assert reader.offset == 3
+
+
+@pytest.mark.parametrize("error", [JobNotFound(JOB), OffsetOutOfRange(JOB, 9, 3), Unavailable("cannot read log: shutting down")])
+async def test_the_server_s_error_comes_out_as_the_library_s_class(tmp_path: Path, error: JobRunnerError) -> None:
+    told = error_to_wire(error)
+
+    async def answer(stream: Output) -> None:
+        await stream.send_message(output_to_wire(chunk(b"abc", 0)))
+        await stream.send_trailing_metadata(status=told.status, status_message=told.message, metadata=told.trailer)
+
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=answer) as (client, _), client.get(JOB).log() as reader:
+            await anext(reader)
+            with pytest.raises(type(error)) as caught:
+                await anext(reader)
+    assert caught.value.message == error.message
+
+
+async def test_an_error_after_which_the_server_closes_at_once_is_not_taken_for_a_clean_end(tmp_path: Path) -> None:
+    async def answer(stream: Output) -> None:
+        await stream.send_message(output_to_wire(chunk(b"abc", 0)))
+        await stream.send_trailing_metadata(status=Status.UNAVAILABLE, status_message="cannot read log: shutting down")
+        stream._stream._transport.close()
+
+    for number in range(10):
+        with anyio.fail_after(10):
+            async with peer_client(tmp_path / str(number), output=answer) as (client, _), client.get(JOB).log() as reader:
+                await anext(reader)
+                with pytest.raises(Unavailable):
+                    await anext(reader)
+
+
+async def test_next_nowait_says_when_nothing_is_there_yet(tmp_path: Path) -> None:
+    go_on = anyio.Event()
+
+    async def answer(stream: Output) -> None:
+        await stream.send_message(output_to_wire(chunk(b"abc", 0)))
+        await go_on.wait()
+        await stream.send_message(output_to_wire(End(3)))
+
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=answer) as (client, _), client.get(JOB).log() as reader:
+            with pytest.raises(WouldBlock):
+                reader.next_nowait()
+            assert await anext(reader) == chunk(b"abc", 0)
+            with pytest.raises(WouldBlock):
+                reader.next_nowait()
+            go_on.set()
+            with pytest.raises(StopAsyncIteration):
+                await anext(reader)
+            assert reader.next_nowait() is None
+
+
+async def test_lines_are_put_together_across_chunks_and_given_without_waiting(tmp_path: Path) -> None:
+    parts: list[Chunk | Gap | End] = [chunk(b"on", 0), chunk(b"e\ntwo\nthr", 2), chunk(b"ee", 11), End(13)]
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=sends(*parts)) as (client, _), client.get(JOB).log() as reader:
+            first = await reader.next_line()
+            second = reader.next_line_nowait()
+            assert first is not None
+            assert second is not None
+            assert [first.data, second.data] == [b"one\n", b"two\n"]
+            last = await reader.next_line()
+            assert last is not None
+            assert (last.data, last.offset) == (b"three", 8)
+            assert await reader.next_line() is None
+
+
+async def test_no_more_is_received_than_the_bound_while_nobody_takes(tmp_path: Path) -> None:
+    window = 1 << 20
+    sent = 0
+    stuck = anyio.Event()
+
+    async def answer(stream: Output) -> None:
+        nonlocal sent
+        for number in range(200):
+            with anyio.move_on_after(1) as scope:
+                await stream.send_message(output_to_wire(chunk(BLOCK, number * len(BLOCK))))
+            if scope.cancelled_caught:
+                stuck.set()
+                return
+            sent += len(BLOCK)
+
+    with anyio.fail_after(20):
+        async with peer_client(tmp_path, output=answer) as (client, _), client.get(JOB).log() as reader:
+            with pytest.raises(WouldBlock):
+                reader.next_nowait()
+            await stuck.wait()
+    assert PREFETCH < sent <= PREFETCH + window + 2 * len(BLOCK)
+
+
+async def test_a_wait_that_is_cancelled_loses_nothing(tmp_path: Path) -> None:
+    pause = anyio.Event()
+
+    async def answer(stream: Output) -> None:
+        for number in range(50):
+            await stream.send_message(output_to_wire(chunk(b"%03d\n" % number, number * 4)))
+            with anyio.move_on_after(0.002):
+                await pause.wait()
+        await stream.send_message(output_to_wire(End(200)))
+
+    data = b""
+    with anyio.fail_after(20):
+        async with peer_client(tmp_path, output=answer) as (client, _), client.get(JOB).log() as reader:
+            while reader.end is None:
+                with anyio.move_on_after(0.001):
+                    async for part in reader:
+                        assert isinstance(part, Chunk)
+                        data += part.data
+    assert data == b"".join(b"%03d\n" % number for number in range(50))
+
+
+async def test_closing_the_reader_cancels_the_call_on_the_server(tmp_path: Path) -> None:
+    cancelled = anyio.Event()
+
+    async def answer(stream: Output) -> None:
+        await stream.send_message(output_to_wire(chunk(b"abc", 0)))
+        try:
+            await anyio.sleep_forever()
+        finally:
+            cancelled.set()
+
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=answer) as (client, _):
+            reader = client.get(JOB).log()
+            await anext(reader)
+            await reader.aclose()
+            await reader.aclose()
+            await cancelled.wait()
+            with pytest.raises(JobRunnerError, match="the reader is closed"):
+                await anext(reader)
+
+
+async def test_a_message_that_is_none_is_an_error(tmp_path: Path) -> None:
+    async def answer(stream: Output) -> None:
+        await stream.recv_message()
+        await stream.send_initial_metadata()
+        await stream._stream.send_data(b"\0\0\0\0\3\xff\xff\xff")
+
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=answer) as (client, _), client.get(JOB).log() as reader:
+            with pytest.raises(InternalError, match="unexpected answer from 127.0.0.1:"):
+                await anext(reader)
+
+
+async def test_an_unexpected_error_of_the_server_is_internal(tmp_path: Path) -> None:
+    async def answer(stream: Output) -> None:
+        raise GRPCError(Status.UNKNOWN, "Internal Server Error")
+
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=answer) as (client, _), client.get(JOB).log() as reader:
+            with pytest.raises(InternalError, match=f"cannot read log of job {JOB}: Internal Server Error"):
+                await anext(reader)

@@ -1,8 +1,8 @@
 """A job's output as its readers see it, on this host and across the network: chunks, gaps, lines, and the end.
 
 `OutputReader` is what `job.log(...)` gives in the library and in the SDK. It is an async iterator of `Chunk` and `Gap` that ends
-after the last byte; `end` then says how. `next_line` and `next_line_nowait` are the original design's GetNextLine functions. Use one
-of the two ways on one reader, not both.
+after the last byte; `end` then says how. `next_line` and `next_line_nowait` are the original design's GetNextLine functions. Use
+one of the two ways on one reader, not both.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ class RunnerJob:
     async def stop(self, *, grace: float | None = None, by: str = "") -> JobInfo:
         """End the job: its stop signal, `grace` seconds (the job's own grace period if None), then the kill of its whole tree.
 
-        Returns as soon as the job is gone. Stopping a job that has ended is no error. Cancelling the call does not take the stop back.
-        Raises StopFailed if the tree is not gone 5 s after the kill.
+        Returns as soon as the job is gone. Stopping a job that has ended is no error. Cancelling the call does not take the stop
+        back. Raises StopFailed if the tree is not gone 5 s after the kill.
         """
         spec = self.record.spec
         seconds = next(value for value in (grace, spec.grace, self._runner.config.grace) if value is not None)
@@ -106,16 +106,14 @@ class RunnerJob:
         return self.info()
 
     async def _ask_to_stop(self, request: StopRequest) -> None:
-        # One at a time: each replaces the file. Whoever asked first is who stopped it; later ones can only shorten the grace period.
+        # One at a time: each replaces the file. Whoever asked first is who stopped it; a later one can only shorten the grace period.
         async with self._stopping:
             # Order: the file first, durably, then the line. A stop that was asked for holds even if this server dies in between.
             await anyio.to_thread.run_sync(self._runner.state.write_stop, self.job_id, request)
         if self.shim is not None:
             self.shim.send(b"stop\n")
 
-    def log(
-        self, offset: int = 0, *, follow: bool = True, streams: Collection[Stream] = tuple(Stream)
-    ) -> LogReader:
+    def log(self, offset: int = 0, *, follow: bool = True, streams: Collection[Stream] = tuple(Stream)) -> LogReader:
         """A reader of the job's output from a byte offset on; with `follow` it ends with the job, otherwise with what is there.
 
         Raises InvalidRequest for a negative offset; the reader raises OffsetOutOfRange past the end of an ended log.
@@ -191,21 +189,21 @@ class JobRunner:
     async def start(self, spec: JobSpec, *, user: str = "") -> RunnerJob:
         """Start a job; returns when its command has been executed. A call that is cancelled leaves a start that goes on.
 
-        The same `spec.request_id` of the same user gives the same job again. Raises InvalidRequest, LimitReached, RequestConflict, and
-        StartFailed with the step and the reason; then nothing is left of it.
+        The same `spec.request_id` of the same user gives the same job again. Raises InvalidRequest, LimitReached, RequestConflict,
+        and StartFailed with the step and the reason; then nothing is left of it.
         """
         limits = self._check(spec)
         if not spec.request_id:
             return await self.finish(self._start(spec, limits, user))
         key, digest = (user, spec.request_id), fingerprint(spec)
         if key not in self._requests:
-            task = self._spawn(self._start(spec, limits, user))
-            self._requests[key] = (digest, task)
-            task.add_done_callback(lambda done: self._forget_failed(key, done))
-        known, task = self._requests[key]
+            starting = self._spawn(self._start(spec, limits, user))
+            self._requests[key] = (digest, starting)
+            starting.add_done_callback(lambda done: self._forget_failed(key, done))
+        known, job = self._requests[key]
         if known != digest:
             raise RequestConflict(spec.request_id)
-        return await asyncio.shield(task)
+        return await asyncio.shield(job)
 
     async def remove(self, job_id: str) -> None:
         """Remove an ended job's record and log. Raises JobNotFound, and InvalidRequest if it still runs."""

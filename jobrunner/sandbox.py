@@ -76,7 +76,7 @@ def _plan(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerC
     return LaunchPlan(
         directory=str(directory),
         command=(spec.command, *spec.args),
-        env=DEFAULT_ENV | spec.env,
+        env={**DEFAULT_ENV, **spec.env},
         cwd=spec.cwd or "/",
         hostname=(spec.name or record.job_id)[:HOST_NAME_MAX],
         cgroup_items=cgroup.launch_items(),

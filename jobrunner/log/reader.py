@@ -1,10 +1,10 @@
 """One subscriber of one log: an offset, an open segment, and no queue. Late and live readers run the same lines.
 
-    position ──► next record of the index ──► bytes of the segment ──► Chunk
-                    │ none
-                    ├─ a later segment is there: go on in it, a Gap if it does not begin where this one ends
-                    ├─ END, or the job has ended and nothing was added since: the end
-                    └─ otherwise: caught up; wait for inotify
+position ──► next record of the index ──► bytes of the segment ──► Chunk
+                │ none
+                ├─ a later segment is there: go on in it, a Gap if it does not begin where this one ends
+                ├─ END, or the job has ended and nothing was added since: the end
+                └─ otherwise: caught up; wait for inotify
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ class LogOwner(Protocol):
 class Log:
     """What the readers of one job share: its directory, the cache, and the way to hear that something was written."""
 
-    def __init__(
-        self, owner: LogOwner, directory: Path, cache: ChunkCache, changed: Callable[[str], Awaitable[object]]
-    ) -> None:
+    def __init__(self, owner: LogOwner, directory: Path, cache: ChunkCache, changed: Callable[[str], Awaitable[object]]) -> None:
         """`changed(directory)` arms a watch at once and gives an awaitable that is done when anything in it has changed."""
         self.owner = owner
         self.directory = directory

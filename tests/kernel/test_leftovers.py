@@ -9,9 +9,9 @@ from pathlib import Path
 
 import anyio
 import pytest
-from tests.support.runner import cgroup_directories, open_runner, processes_with, run, shell
 
 from jobrunner import JobSpec, Limits, StartFailed
+from tests.support.runner import cgroup_directories, open_runner, processes_with, run, shell
 
 KINDS = [
     shell("echo out; echo err >&2"),

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import anyio
-from tests.support.runner import open_runner, run, run_output, shell
 
 from jobrunner import JobSpec, Limits
+from tests.support.runner import open_runner, run, run_output, shell
 
 MIB = 1 << 20
 

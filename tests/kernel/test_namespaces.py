@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.support.runner import open_runner, run_output, shell
 
 from jobrunner import JobSpec
+from tests.support.runner import open_runner, run_output, shell
 
 KINDS = ("pid", "mnt", "net", "ipc", "uts", "cgroup")
 
@@ -39,7 +39,7 @@ async def test_a_job_has_only_a_loopback_and_it_is_up(tmp_path: Path) -> None:
         _, ping = await run_output(
             runner, JobSpec("python3", ("-c", "import socket; s=socket.create_server(('127.0.0.1',0)); print(s.getsockname()[0])"))
         )
-    assert {line for line in data.decode().split("\n")[0:3]} == {"all", "default", "lo"}
+    assert set(data.decode().split("\n")[:3]) == {"all", "default", "lo"}
     assert ping == b"127.0.0.1\n"
 
 
@@ -69,7 +69,9 @@ async def test_a_job_is_in_its_own_cgroup_in_every_hierarchy_that_limits_it(tmp_
         assert job.cgroup is not None
         paths = list(job.cgroup.paths.values())
         assert paths
-        members = [Path(path, name).read_text().split() for path in paths for name in ("cgroup.procs",) if Path(path, name).exists()]
+        members = [
+            Path(path, name).read_text().split() for path in paths for name in ("cgroup.procs",) if Path(path, name).exists()
+        ]
         await job.stop(grace=0)
     assert all(members), "every directory of the job holds its processes"
     inside = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in data.decode().splitlines()}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jobrunner import JobSpec, JobStatus, Limits
 from jobrunner.errors import InvalidRequest
-from jobrunner.job import EndReason, Ending, Job, describe, is_job_id, signal_name, signal_number
+from jobrunner.job import Ending, EndReason, Job, describe, is_job_id, signal_name, signal_number
 
 STATUS = {
     "exited": "failed",

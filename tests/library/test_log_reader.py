@@ -12,7 +12,6 @@ import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.logwriter import LogWriter
 
 from jobrunner import Gap, JobInfo, JobStatus, Stream, WouldBlock
 from jobrunner.errors import OffsetOutOfRange
@@ -20,6 +19,7 @@ from jobrunner.linux.inotify import Inotify
 from jobrunner.log import ChunkCache, Log, LogReader
 from jobrunner.log.segments import BLOCK
 from jobrunner.output import Chunk
+from tests.support.logwriter import LogWriter
 
 
 class Owner:
@@ -151,7 +151,7 @@ async def test_a_follower_gets_what_is_written_after_it_caught_up(tmp_path: Path
     with open_log(writer.directory, owner) as log:
         async with log.reader(0, True, set(Stream)) as reader:
             for number in range(20):  # with 8-byte segments the follower crosses many of them, live
-                following = asyncio.create_task(anext(reader))  # type: ignore[arg-type]
+                following = asyncio.create_task(anext(reader))
                 await asyncio.sleep(0)
                 writer.write("stdout", b"line %02d\n" % number)
                 with anyio.fail_after(5):
@@ -234,7 +234,7 @@ def test_model_any_log_read_from_any_offset_equals_the_bytes(
     seen: dict[int, tuple[str, int]] = {}
     for part in parts:
         if isinstance(part, Gap):
-            seen |= {offset: ("lost", 0) for offset in range(part.first, part.last + 1)}
+            seen |= dict.fromkeys(range(part.first, part.last + 1), ("lost", 0))
         else:
             seen |= {part.offset + index: (str(part.stream), byte) for index, byte in enumerate(part.data)}
     expected = {

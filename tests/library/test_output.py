@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from jobrunner import Stream
 from jobrunner.output import Chunk, Line, LineAssembler
 
-PIECES = st.lists(st.tuples(st.sampled_from(list(Stream)), st.binary(min_size=1, max_size=40).map(lambda b: b.replace(b"a", b"\n"))))
+PIECES = st.lists(
+    st.tuples(st.sampled_from(list(Stream)), st.binary(min_size=1, max_size=40).map(lambda b: b.replace(b"a", b"\n")))
+)
 
 
 def assemble(pieces: list[tuple[Stream, bytes]], max_line: int) -> list[Line]:

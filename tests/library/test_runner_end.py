@@ -8,12 +8,12 @@ from pathlib import Path
 
 import anyio
 import pytest
-from tests.support.runner import open_runner, output, processes_with, run, shell
 
 from jobrunner import JobSpec, Limits
 from jobrunner.errors import InvalidRequest
 from jobrunner.output import Chunk
 from jobrunner.runner import JobRunner, RunnerJob
+from tests.support.runner import open_runner, output, processes_with, run, shell
 
 
 async def start_ready(runner: JobRunner, spec: JobSpec) -> RunnerJob:

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 import anyio
-from tests.support.runner import cgroup_directories, open_runner, output, run, shell
 
 from jobrunner import JobSpec, Limits
 from jobrunner.config import RunnerConfig
 from jobrunner.runner import JobRunner
+from tests.support.runner import cgroup_directories, open_runner, output, run, shell
 
 
 async def test_ended_jobs_are_known_again_with_their_output(tmp_path: Path) -> None:

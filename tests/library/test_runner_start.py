@@ -8,10 +8,10 @@ from pathlib import Path
 
 import anyio
 import pytest
-from tests.support.runner import cgroup_directories, open_runner, run, run_output, shell
 
 from jobrunner import JobNotFound, JobSpec, Limits, StartFailed
 from jobrunner.errors import HostError, InvalidRequest, LimitReached, RequestConflict
+from tests.support.runner import cgroup_directories, open_runner, run, run_output, shell
 
 
 async def test_a_job_runs_and_its_output_is_there(tmp_path: Path) -> None:
@@ -26,7 +26,9 @@ async def test_a_job_runs_and_its_output_is_there(tmp_path: Path) -> None:
 
 
 async def test_a_job_is_given_its_arguments_environment_and_directory_exactly(tmp_path: Path) -> None:
-    spec = JobSpec("sh", ("-c", 'printf "%s|" "$@" "$GREETING" "$PWD"', "sh", "", "a b", "ü\n*"), env={"GREETING": "hi"}, cwd="/usr")
+    spec = JobSpec(
+        "sh", ("-c", 'printf "%s|" "$@" "$GREETING" "$PWD"', "sh", "", "a b", "ü\n*"), env={"GREETING": "hi"}, cwd="/usr"
+    )
     async with open_runner(tmp_path) as runner:
         _, data = await run_output(runner, spec)
     assert data == "|a b|ü\n*|hi|/usr|".encode()

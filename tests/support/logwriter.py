@@ -1,4 +1,4 @@
-"""Writes a log as docs/formats.md says, byte by byte under the test's control: the shim's writer cannot be made to stop half-way."""
+"""Writes a log as docs/formats.md says, byte by byte under the test's control: the shim's writer cannot be made to stop."""
 
 from __future__ import annotations
 

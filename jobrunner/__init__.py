@@ -4,7 +4,7 @@ This package itself holds plain values only, so that it can be imported everywhe
 `jobrunner.runner` (the library: jobs on this host), `jobrunner.client` (the SDK: jobs on a server), `jobrunner.server`.
 """
 
-from jobrunner.errors import JobRunnerError, JobNotFound, StartFailed, WouldBlock
+from jobrunner.errors import JobNotFound, JobRunnerError, StartFailed, WouldBlock
 from jobrunner.job import EndReason, Gap, JobInfo, JobSpec, JobStatus, Limits, OutputPolicy, Stream, Usage
 
 __all__ = [

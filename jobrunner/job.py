@@ -151,7 +151,7 @@ class Limits:
                 raise InvalidRequest(f"limits.{f.name}", f"{value} is above the server's ceiling, {ceiling}")
 
 
-def _check_number(name: str, value: float | None, low: float, high: float) -> None:
+def _check_number(name: str, value: object, low: float, high: float) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:

@@ -147,7 +147,7 @@ class HostError(JobRunnerError):
 
 
 class ConfigError(JobRunnerError):
-    """A setting, or a file that it names, cannot be used. `what` is the file or variable, `reason` begins with the key if there is one."""
+    """A setting, or a file that it names, cannot be used. `what` is the file or variable; `reason` begins with the key, if any."""
 
     def __init__(self, what: str, reason: str) -> None:
         super().__init__(f"cannot read {what}: {reason}")

@@ -106,7 +106,7 @@ class RunnerJob:
         return self.info()
 
     async def _ask_to_stop(self, request: StopRequest) -> None:
-        # One at a time: each replaces the file. Whoever asked first is who stopped it; a later one can only shorten the grace period.
+        # One at a time: each replaces the file. Whoever asked first stopped it; later ones can only shorten the grace period.
         async with self._stopping:
             # Order: the file first, durably, then the line. A stop that was asked for holds even if this server dies in between.
             await anyio.to_thread.run_sync(self._runner.state.write_stop, self.job_id, request)
@@ -303,12 +303,16 @@ class JobRunner:
         if task.cancelled() or task.exception() is not None:
             self._requests.pop(key, None)
 
+    async def settled(self) -> None:
+        """Wait until every start, stop, end and removal that is under way now is done."""
+        if self._unfinished:
+            await asyncio.wait(self._unfinished, timeout=GONE_AFTER_KILL)
+
     async def _detach(self) -> None:
         """Let go of all jobs: those that run go on under their shims; what is half done is finished first."""
         for watcher in self._watchers:
             watcher.cancel()
-        if self._unfinished:
-            await asyncio.wait(self._unfinished, timeout=GONE_AFTER_KILL)
+        await self.settled()
         for job in self._jobs.values():
             if job.shim is not None:
                 job.shim.close()

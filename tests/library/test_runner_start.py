@@ -6,7 +6,6 @@ import asyncio
 import os
 from pathlib import Path
 
-import anyio
 import pytest
 
 from jobrunner import JobNotFound, JobSpec, Limits, StartFailed

@@ -34,7 +34,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """The shortest text that `parse_size` reads as exactly this size, or else three digits of it: `64MiB`, `100MB`, `1.23GB`."""
+    """The shortest text that `parse_size` reads as exactly this size, or else three decimals of it: `64MiB`, `100MB`, `1.23GB`."""
     for unit, suffix in ((1024, "iB"), (1000, "B")):
         for prefix in "TGMK":
             factor = unit ** _POWERS[prefix.lower()]
@@ -43,7 +43,7 @@ def format_size(size: int) -> str:
     for prefix in "TGMK":
         factor = 1000 ** _POWERS[prefix.lower()]
         if size >= factor:
-            return f"{size / factor:.4g}{prefix}B"
+            return f"{size / factor:.3f}".rstrip("0").rstrip(".") + f"{prefix}B"
     return f"{size}B"
 
 
@@ -78,7 +78,7 @@ def parse_address(text: str) -> tuple[str, int]:
     """Host and port of `HOST:PORT` or `[::1]:PORT`. ValueError, with the reason, for what is none."""
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
-    if not colon or not host or (":" in host and not bracketed):
+    if not colon or host in ("", "[]") or (":" in host and not bracketed):
         raise ValueError(f"{text!r} is no address such as 127.0.0.1:7443 or [::1]:7443")
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
         raise ValueError(f"{port!r} is no port between 0 and 65535")

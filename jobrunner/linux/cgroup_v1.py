@@ -61,7 +61,9 @@ class CgroupV1:
         return items + [counter.item() for counter in self._counters]
 
     def usage(self) -> Usage:
-        now = [Counter(field, 1, "-", self._directories[name] / file) for field, name, file in _NOW if name in self._directories]
+        now = [
+            Counter(field, 1, "-", f"{self._directories[name]}/{file}") for field, name, file in _NOW if name in self._directories
+        ]
         return usage_of([*self._counters, *now])
 
     def kill(self) -> None:
@@ -105,7 +107,9 @@ def _counters(directories: Mapping[str, Path], files: Collection[str]) -> list[C
         ("throttled_ns", 1, "throttled_time", "cpu", "cpu.stat"),
         ("oom_kills", 1, "oom_kill", "memory", "memory.oom_control"),
     ]
-    return [Counter(field, scale, key, directories[name] / file) for field, scale, key, name, file in table if name in directories]
+    return [
+        Counter(field, scale, key, f"{directories[name]}/{file}") for field, scale, key, name, file in table if name in directories
+    ]
 
 
 _OPTIONAL = (
@@ -191,9 +195,9 @@ class CgroupV1Host:
         period = min(MAX_PERIOD, max(PERIOD, math.ceil(MIN_QUOTA / cpus)))
         quota = str(max(MIN_QUOTA, round(cpus * period)))
         if period != PERIOD:
-            set_and_check(directory / "cpu.cfs_period_us", str(period), lambda text: text.strip() == str(period))
+            set_and_check(f"{directory}/cpu.cfs_period_us", str(period), lambda text: text.strip() == str(period))
         try:
-            set_and_check(directory / "cpu.cfs_quota_us", quota, lambda text: text.strip() == quota)
+            set_and_check(f"{directory}/cpu.cfs_quota_us", quota, lambda text: text.strip() == quota)
         except OSError:
             # v1 refuses a quota above an ancestor's. Then the ancestor's is the tighter limit, and it holds.
             if self._ancestor_cpus() > cpus:
@@ -204,9 +208,9 @@ class CgroupV1Host:
         found = math.inf
         directory = self._parent_cpu
         while directory is not None and (directory / "cpu.cfs_quota_us").exists():
-            quota = int(kernfs.read(directory / "cpu.cfs_quota_us"))
+            quota = int(kernfs.read(f"{directory}/cpu.cfs_quota_us"))
             if quota > 0:
-                found = min(found, quota / int(kernfs.read(directory / "cpu.cfs_period_us")))
+                found = min(found, quota / int(kernfs.read(f"{directory}/cpu.cfs_period_us")))
             directory = directory.parent
         return found
 
@@ -219,11 +223,11 @@ class CgroupV1Host:
         outcome.attempt("memory", partial(self._set_memory, directories["memory"], limits.memory, outcome))
 
     def _set_memory(self, directory: Path, size: int, outcome: Outcome) -> None:
-        set_and_check(directory / "memory.limit_in_bytes", str(size), kernfs.same_pages(size))
+        set_and_check(f"{directory}/memory.limit_in_bytes", str(size), kernfs.same_pages(size))
         if "memory.memsw.limit_in_bytes" in self._files:  # memory and swap together, so the same limit leaves no swap
-            set_and_check(directory / "memory.memsw.limit_in_bytes", str(size), kernfs.same_pages(size))
+            set_and_check(f"{directory}/memory.memsw.limit_in_bytes", str(size), kernfs.same_pages(size))
             return
-        write_if_there(directory / "memory.swappiness", "0")
+        write_if_there(f"{directory}/memory.swappiness", "0")
         if kernfs.has_swap():
             outcome.missing.append(SWAP)
 
@@ -234,7 +238,7 @@ class CgroupV1Host:
             outcome.not_applied("pids", "no pids cgroup controller is mounted")
             return
         text = str(limits.pids)
-        file = directories["pids"] / "pids.max"
+        file = f"{directories['pids']}/pids.max"
         outcome.attempt("pids", lambda: set_and_check(file, text, lambda now: now.strip() == text))
 
 
@@ -260,14 +264,14 @@ def _limit_disks(directory: Path | None, limits: Limits, disks: Sequence[Disk], 
         outcome.missing += [f"disk I/O: not limited where {disk.reason}" for disk in disks if not disk.device and not disk.memory]
     elif directory is not None:
         for device in devices:  # the kernel counts a disk's I/O only once the throttle of that disk is in use; 0 is no limit
-            write_if_there(directory / "blkio.throttle.read_bps_device", f"{device} 0")
+            write_if_there(f"{directory}/blkio.throttle.read_bps_device", f"{device} 0")
 
 
 def _throttle(directory: Path, name: str, value: int, devices: Sequence[str]) -> None:
     value = min(value, MAX_IOPS) if name.endswith("iops") else value
     for device in devices:
         line = f"{device} {value}"
-        set_and_check(directory / f"blkio.throttle.{name}_device", line, partial(_has_line, line))
+        set_and_check(f"{directory}/blkio.throttle.{name}_device", line, partial(_has_line, line))
 
 
 def _has_line(line: str, text: str) -> bool:

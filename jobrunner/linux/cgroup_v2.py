@@ -47,16 +47,16 @@ class CgroupV2:
         self._shim = directory / "shim"
         self._job = directory / "job"
         self._counters = [
-            Counter("cpu_user_ns", 1000, "user_usec", self._job / "cpu.stat"),
-            Counter("cpu_system_ns", 1000, "system_usec", self._job / "cpu.stat"),
-            Counter("memory_peak", 1, "-", self._job / "memory.peak"),
-            Counter("pids_peak", 1, "-", self._job / "pids.peak"),
-            Counter("read_bytes", 1, "rbytes", self._job / "io.stat"),
-            Counter("write_bytes", 1, "wbytes", self._job / "io.stat"),
-            Counter("read_ops", 1, "rios", self._job / "io.stat"),
-            Counter("write_ops", 1, "wios", self._job / "io.stat"),
-            Counter("throttled_ns", 1000, "throttled_usec", self._top / "cpu.stat"),
-            Counter("oom_kills", 1, "oom_kill", self._job / "memory.events"),
+            Counter("cpu_user_ns", 1000, "user_usec", f"{self._job}/cpu.stat"),
+            Counter("cpu_system_ns", 1000, "system_usec", f"{self._job}/cpu.stat"),
+            Counter("memory_peak", 1, "-", f"{self._job}/memory.peak"),
+            Counter("pids_peak", 1, "-", f"{self._job}/pids.peak"),
+            Counter("read_bytes", 1, "rbytes", f"{self._job}/io.stat"),
+            Counter("write_bytes", 1, "wbytes", f"{self._job}/io.stat"),
+            Counter("read_ops", 1, "rios", f"{self._job}/io.stat"),
+            Counter("write_ops", 1, "wios", f"{self._job}/io.stat"),
+            Counter("throttled_ns", 1000, "throttled_usec", f"{self._top}/cpu.stat"),
+            Counter("oom_kills", 1, "oom_kill", f"{self._job}/memory.events"),
         ]
 
     def __repr__(self) -> str:
@@ -72,7 +72,7 @@ class CgroupV2:
 
     def usage(self) -> Usage:
         now = [("memory", "memory.current"), ("pids", "pids.current")]
-        return usage_of([*self._counters, *(Counter(field, 1, "-", self._job / file) for field, file in now)])
+        return usage_of([*self._counters, *(Counter(field, 1, "-", f"{self._job}/{file}") for field, file in now)])
 
     def kill(self) -> None:
         if (self._job / "cgroup.kill").exists():

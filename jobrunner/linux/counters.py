@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from jobrunner.job import Usage
 from jobrunner.linux.kernfs import read
@@ -27,7 +26,7 @@ class Counter:
     field: str
     scale: int
     key: str
-    path: Path
+    path: str
 
     def item(self) -> tuple[str, str]:
         """As the shim is told."""
@@ -44,7 +43,7 @@ class Counter:
 
 def usage_of(counters: Iterable[Counter]) -> Usage:
     """What the counters say now. A file is read once, however many of them are in it; what cannot be read is unknown."""
-    texts: dict[Path, str] = {}
+    texts: dict[str, str] = {}
     found: dict[str, float | None] = {}
     for counter in counters:
         if counter.path not in texts:

@@ -38,7 +38,7 @@ def disks_under(paths: Iterable[str | os.PathLike[str]], sys: Path = SYS) -> lis
     """The disks under these paths, each once; for a path without one, a Disk that says why."""
     found: dict[str, Disk] = {}
     for path in paths:
-        for disk in _disks_of(os.path.realpath(path), os.fspath(path), sys):
+        for disk in _disks_of(os.fspath(path), os.fspath(path), sys):
             found.setdefault(disk.device or disk.reason, disk)
     return list(found.values())
 
@@ -50,7 +50,7 @@ def _disks_of(path: str, asked: str, sys: Path) -> list[Disk]:
         return [Disk("", asked, f"{asked}: {exc.strerror}")]
     if os.major(number):
         return _whole_disks(f"{os.major(number)}:{os.minor(number)}", asked, sys)
-    mount = mount_of(path, read_mountinfo())
+    mount = mount_of(os.path.realpath(path), read_mountinfo())
     return _disks_of_mount(mount, asked, sys) if mount else [Disk("", asked, f"{asked}: its mount is not known")]
 
 
@@ -59,7 +59,7 @@ def _disks_of_mount(mount: Mount, asked: str, sys: Path) -> list[Disk]:
     upper = mount.option("upperdir")
     if mount.fstype == "overlay" and upper and Path(upper).is_dir():
         # A symbolic loop of overlays cannot be: each one's upper directory is older than itself.
-        return _disks_of(os.path.realpath(upper), asked, sys)
+        return _disks_of(upper, asked, sys)
     if mount.source.startswith("/dev/"):
         try:
             status = Path(mount.source).stat()
@@ -76,16 +76,23 @@ def _disks_of_mount(mount: Mount, asked: str, sys: Path) -> list[Disk]:
 
 def _whole_disks(device: str, asked: str, sys: Path) -> list[Disk]:
     """From a block device down to the disks: a partition's parent, the members of a logical volume or a RAID."""
-    directory = sys / "dev/block" / device
-    if not directory.exists():
-        return [Disk("", asked, f"{asked} is on device {device}, which is not in {sys}/dev/block")]
-    directory = directory.resolve()
-    if (directory / "partition").exists():
-        directory = directory.parent
-    members = sorted((directory / "slaves").iterdir()) if (directory / "slaves").is_dir() else []
-    if members:
-        return [disk for member in members for disk in _whole_disks((member / "dev").read_text().strip(), asked, sys)]
-    return [Disk((directory / "dev").read_text().strip(), asked)]
+    try:
+        directory = os.path.realpath(sys / "dev/block" / device, strict=True)
+        if Path(directory, "partition").exists():
+            directory = directory.rpartition("/")[0]
+            device = _number_of(directory)
+        members = sorted(os.listdir(f"{directory}/slaves")) if Path(directory, "slaves").exists() else []
+        if members:
+            numbers = [_number_of(f"{directory}/slaves/{member}") for member in members]
+            return [disk for number in numbers for disk in _whole_disks(number, asked, sys)]
+    except OSError as exc:
+        return [Disk("", asked, f"{asked} is on device {device}: {exc.filename}: {exc.strerror}")]
+    return [Disk(device, asked)]
+
+
+def _number_of(directory: str) -> str:
+    """MAJOR:MINOR of a device's directory in sysfs."""
+    return Path(directory, "dev").read_text().strip()
 
 
 def _btrfs_members(device: str, sys: Path) -> list[str]:

@@ -68,7 +68,9 @@ class Inotify:
         self._loop = asyncio.get_running_loop()
         self._fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if self._fd < 0:
-            raise _error("make an inotify instance", ctypes.get_errno(), "fs.inotify.max_user_instances")
+            raise _error(
+                "make an inotify instance", ctypes.get_errno(), "fs.inotify.max_user_instances, or the limit of open files"
+            )
         self._watches: dict[int, Watch] = {}
         self._numbers: dict[str, int] = {}
         self._names: dict[int, str] = {}

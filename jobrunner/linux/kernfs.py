@@ -69,7 +69,7 @@ class Outcome:
             self.not_applied(limit, exc.strerror or str(exc))
 
 
-def read(path: Path) -> str:
+def read(path: str | Path) -> str:
     """The text of a cgroup file. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -81,28 +81,32 @@ def read(path: Path) -> str:
         os.close(fd)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a cgroup file, which takes a value in one write(2). Raises OSError, whose strerror names the file."""
+def write(path: str | Path, text: str, access: int = os.O_WRONLY) -> str:
+    """Write a cgroup file, which takes a value in one write(2); with O_RDWR, gives its first 64 KiB after that.
+
+    Raises OSError, whose strerror names the file.
+    """
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        fd = os.open(path, access | os.O_CLOEXEC)
         try:
             os.write(fd, text.encode())
+            return os.pread(fd, 65536, 0).decode("ascii", "replace") if access == os.O_RDWR else ""
         finally:
             os.close(fd)
     except OSError as exc:
         raise OSError(exc.errno, f"{path}: {text!r}: {os.strerror(exc.errno or 0)}") from exc
 
 
-def write_if_there(path: Path, text: str) -> None:
+def write_if_there(path: str | Path, text: str) -> None:
     """Write what helps and is not promised: a kernel without it does without."""
     with contextlib.suppress(OSError):
         write(path, text)
 
 
-def set_and_check(path: Path, text: str, kept: Callable[[str], bool]) -> None:
+def set_and_check(path: str | Path, text: str, kept: Callable[[str], bool]) -> None:
     """Write a value and read it back: a kernel that takes it and does something else is told as OSError too."""
-    write(path, text)
-    if not kept(now := read(path)):
+    now = write(path, text, os.O_RDWR)
+    if not kept(now):
         raise OSError(0, f"{path}: {text!r} was written, and it is {now.strip()!r}")
 
 
@@ -157,7 +161,7 @@ async def remove_soon(attempt: Callable[[], bool], timeout: float) -> bool:
     return True
 
 
-def kill_members(procs: Path) -> None:
+def kill_members(procs: str | Path) -> None:
     """SIGKILL every process that a `cgroup.procs` lists, and those that appear meanwhile. Does not wait for their end."""
     done: set[int] = set()
     for _ in range(ROUNDS):
@@ -170,14 +174,14 @@ def kill_members(procs: Path) -> None:
         done |= fresh
 
 
-def _members(procs: Path) -> set[int]:
+def _members(procs: str | Path) -> set[int]:
     try:
         return {int(pid) for pid in read(procs).split()} - {0}  # 0: a process of a PID namespace that is not seen from here
     except OSError:
         return set()
 
 
-def _kill(pids: list[int], procs: Path) -> None:
+def _kill(pids: list[int], procs: str | Path) -> None:
     held: dict[int, int] = {}
     try:
         for pid in pids:

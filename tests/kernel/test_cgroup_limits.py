@@ -1,0 +1,147 @@
+"""Limits of a cgroup, proved by what they do to a process inside it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobrunner.job import Limits
+from jobrunner.linux.cgroup import CgroupHost, JobCgroup
+from jobrunner.linux.disk import disks_under
+from tests.support.cgroups import JOB, own_tree, run, start
+from tests.support.requires import requires
+
+pytestmark = requires("root", "cgroup1:memory")
+
+SPIN = "import time, sys\nend = time.monotonic() + float(sys.argv[1])\nwhile time.monotonic() < end: pass"
+FORK = """
+import os, time
+children = []
+try:
+    while True:
+        children.append(os.fork())
+        if children[-1] == 0:
+            time.sleep(60)
+except BlockingIOError:
+    print(len(children))
+for pid in children:
+    os.kill(pid, 9)
+    os.wait()
+"""
+
+
+@pytest.fixture
+def host() -> Iterator[CgroupHost]:
+    with own_tree() as tree:
+        yield tree
+
+
+def on_disk(path: Path, size: int) -> Path:
+    """A file of zeros, with nothing left to be written back."""
+    with path.open("wb") as file:
+        file.write(bytes(size))
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+async def finish(cgroup: JobCgroup) -> None:
+    assert await cgroup.removed()
+
+
+async def test_cpu_time_is_held_to_its_share(host: CgroupHost) -> None:
+    cgroup = host.create(JOB, Limits(cpus=0.25))
+    began = time.monotonic()
+    spinners = [start(cgroup, [sys.executable, "-c", SPIN, "2"]) for _ in range(2)]
+    for spinner in spinners:
+        spinner.communicate(timeout=20)
+    wall = time.monotonic() - began
+    usage = cgroup.usage()
+    assert usage.cpu_user is not None
+    assert usage.cpu_system is not None
+    assert usage.throttled is not None
+    assert 0.18 * wall < usage.cpu_user + usage.cpu_system < 0.30 * wall
+    assert usage.throttled > 0.5
+    await finish(cgroup)
+
+
+async def test_a_process_past_its_memory_is_killed_and_counted(host: CgroupHost) -> None:
+    size = 32 << 20
+    cgroup = host.create(JOB, Limits(memory=size))
+    ended = run(cgroup, [sys.executable, "-c", f"bytearray({2 * size}); print('survived')"])
+    assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, b"")
+    usage = cgroup.usage()
+    assert usage.oom_kills == 1
+    assert usage.memory_peak is not None
+    assert size - 4096 * 64 <= usage.memory_peak <= size
+    await finish(cgroup)
+
+
+async def test_a_process_within_its_memory_lives(host: CgroupHost) -> None:
+    cgroup = host.create(JOB, Limits(memory=64 << 20))
+    ended = run(cgroup, [sys.executable, "-c", f"bytearray({16 << 20}); print('survived')"])
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"survived\n", b"")
+    assert cgroup.usage().oom_kills == 0
+    await finish(cgroup)
+
+
+async def test_forks_past_the_limit_fail(host: CgroupHost) -> None:
+    cgroup = host.create(JOB, Limits(pids=8))
+    ended = run(cgroup, [sys.executable, "-c", FORK])
+    assert (ended.stdout, ended.stderr) == (b"7\n", b"")
+    assert cgroup.usage().pids_peak in (8, None)
+    await finish(cgroup)
+
+
+@requires("disk")
+@pytest.mark.parametrize(
+    ("limits", "block", "count"),
+    [(Limits(write_bps=4_000_000), 500_000 // 4096 * 4096, 9), (Limits(write_iops=10), 4096, 11)],
+    ids=["bytes", "operations"],
+)
+async def test_direct_writes_are_held_to_their_rate(
+    host: CgroupHost, tmp_path: Path, limits: Limits, block: int, count: int
+) -> None:
+    file = on_disk(tmp_path / "file", block * count)  # so that nothing but the data is written
+    cgroup = host.create(JOB, limits, disks_under([tmp_path]))
+    command = ["dd", "if=/dev/zero", f"of={file}", f"bs={block}", f"count={count}", "oflag=direct", "conv=notrunc"]
+    began = time.monotonic()
+    ended = run(cgroup, command)
+    assert ended.returncode == 0, ended.stderr
+    assert 0.9 < time.monotonic() - began < 5
+    usage = cgroup.usage()
+    assert usage.write_bytes == block * count
+    assert usage.write_ops is not None
+    assert count <= usage.write_ops <= count + 4  # a write across two extents of the file is two operations
+    assert len(cgroup.missing) == 1
+    assert "buffered writes are not limited" in cgroup.missing[0]
+    await finish(cgroup)
+
+
+@requires("disk")
+async def test_direct_reads_are_held_to_their_rate(host: CgroupHost, tmp_path: Path) -> None:
+    file = on_disk(tmp_path / "file", 4 << 20)
+    cgroup = host.create(JOB, Limits(read_bps=4_000_000), disks_under([tmp_path]))
+    began = time.monotonic()
+    ended = run(cgroup, ["dd", f"if={file}", "of=/dev/null", "bs=1M", "iflag=direct"])
+    assert ended.returncode == 0, ended.stderr
+    assert 0.8 < time.monotonic() - began < 5
+    assert cgroup.usage().read_bytes == 4 << 20
+    assert cgroup.missing == ()
+    await finish(cgroup)
+
+
+@requires("disk")
+async def test_disk_use_is_counted_without_any_limit(host: CgroupHost, tmp_path: Path) -> None:
+    cgroup = host.create(JOB, Limits(), disks_under([tmp_path]))
+    ended = run(cgroup, ["dd", "if=/dev/zero", f"of={tmp_path}/file", "bs=64k", "count=4", "oflag=direct"])
+    assert ended.returncode == 0, ended.stderr
+    usage = cgroup.usage()
+    assert (usage.write_bytes, usage.read_bytes) == (4 << 16, 0)
+    await finish(cgroup)

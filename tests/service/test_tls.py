@@ -1,0 +1,244 @@
+"""The two contexts against each other on real sockets, and what is told when they do not agree."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import ipaddress
+import ssl
+from asyncio import sslproto
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import pytest
+import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from jobrunner.errors import ConfigError
+from jobrunner.tls import client_context, install_handshake_logging, server_context
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Files:
+    ca: Path
+    cert: Path
+    key: Path
+
+
+def issue(directory: Path, ca: trustme.CA, name: str, *identities: str) -> Files:
+    leaf = ca.issue_cert(*identities, common_name=name, organization_unit_name="admin")
+    files = Files(directory / "ca.pem", directory / f"{name}.pem", directory / f"{name}.key")
+    ca.cert_pem.write_to_path(files.ca)
+    leaf.private_key_pem.write_to_path(files.key)
+    files.cert.unlink(missing_ok=True)
+    for blob in leaf.cert_chain_pems:
+        blob.write_to_path(files.cert, append=True)
+    return files
+
+
+def issue_for_servers_only(directory: Path, ca: trustme.CA) -> Files:
+    """A certificate whose extended key usage lacks clientAuth (RFC 5280 section 4.2.1.12); trustme's leaves always have it."""
+    issuer = x509.load_pem_x509_certificate(ca.cert_pem.bytes())
+    signer = serialization.load_pem_private_key(ca.private_key_pem.bytes(), None)
+    assert isinstance(signer, ec.EllipticCurvePrivateKey)
+    key = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.datetime.now(datetime.UTC)
+    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))])
+    certificate = (
+        x509.CertificateBuilder(
+            issuer.subject, x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "server-only")]), key.public_key()
+        )
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(usage, critical=False)
+        .add_extension(names, critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+        .sign(signer, hashes.SHA256())
+    )
+    files = Files(directory / "ca.pem", directory / "server-only.pem", directory / "server-only.key")
+    files.cert.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    form = serialization.PrivateFormat.PKCS8
+    files.key.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    return files
+
+
+@dataclass(frozen=True)
+class Pki:
+    ca: trustme.CA
+    directory: Path
+    server: Files
+    admin: Files
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    directory = tmp_path_factory.mktemp("pki")
+    ca = trustme.CA()
+    return Pki(ca, directory, issue(directory, ca, "server", HOST), issue(directory, ca, "admin", "admin@jobrunner"))
+
+
+def server_of(files: Files) -> ssl.SSLContext:
+    return server_context(files.ca, files.cert, files.key)
+
+
+def client_of(files: Files) -> ssl.SSLContext:
+    return client_context(files.ca, files.cert, files.key)
+
+
+@asynccontextmanager
+async def serving(context: ssl.SSLContext) -> AsyncIterator[int]:
+    """A server that answers `ok`; gives its port."""
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"ok")
+        writer.close()
+
+    server = await asyncio.start_server(answer, HOST, 0, ssl=context)
+    try:
+        with anyio.fail_after(10):
+            yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+
+
+async def ask(port: int, context: ssl.SSLContext) -> tuple[bytes, ssl.SSLObject]:
+    reader, writer = await asyncio.open_connection(HOST, port, ssl=context, server_hostname=HOST)
+    try:
+        return await reader.read(), writer.get_extra_info("ssl_object")
+    finally:
+        writer.close()
+
+
+async def test_both_sides_of_one_ca_speak_tls_1_3_and_h2(pki: Pki) -> None:
+    async with serving(server_of(pki.server)) as port:
+        answer, connection = await ask(port, client_of(pki.admin))
+    assert answer == b"ok"
+    assert (connection.version(), connection.selected_alpn_protocol()) == ("TLSv1.3", "h2")
+
+
+async def test_no_session_is_resumed(pki: Pki) -> None:
+    context = client_of(pki.admin)
+    async with serving(server_of(pki.server)) as port:
+        _, connection = await ask(port, context)
+    assert connection.session is None or not connection.session.has_ticket
+
+
+async def test_tls_1_2_is_refused(pki: Pki) -> None:
+    old = client_of(pki.admin)
+    old.minimum_version = ssl.TLSVersion.TLSv1_2
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    async with serving(server_of(pki.server)) as port:
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await ask(port, old)
+
+
+async def test_a_server_of_another_ca_or_name_is_refused_by_the_client(pki: Pki, tmp_path: Path) -> None:
+    async with serving(server_of(issue(tmp_path, trustme.CA(), "stranger", HOST))) as port:
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await ask(port, client_of(pki.admin))
+    async with serving(server_of(issue(pki.directory, pki.ca, "elsewhere", "elsewhere.example"))) as port:
+        with pytest.raises(ssl.SSLCertVerificationError, match="IP address mismatch"):
+            await ask(port, client_of(pki.admin))
+
+
+def without_certificate(pki: Pki, _: Path) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=pki.server.ca)
+
+
+def from_another_ca(pki: Pki, tmp_path: Path) -> ssl.SSLContext:
+    stranger = issue(tmp_path, trustme.CA(), "stranger", "a@b")
+    return client_context(pki.server.ca, stranger.cert, stranger.key)
+
+
+def for_servers_only(pki: Pki, _: Path) -> ssl.SSLContext:
+    return client_of(issue_for_servers_only(pki.directory, pki.ca))
+
+
+@pytest.mark.parametrize(
+    ("client", "told", "alert"),
+    [
+        (without_certificate, "peer did not return a certificate", "TLSV13_ALERT_CERTIFICATE_REQUIRED"),
+        (from_another_ca, "unable to get local issuer certificate", "TLSV1_ALERT_UNKNOWN_CA"),
+        (for_servers_only, "unsuitable certificate purpose", "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE"),
+    ],
+)
+async def test_a_refused_client_is_told_to_the_callback_and_gets_the_alert(
+    pki: Pki, tmp_path: Path, client: Callable[[Pki, Path], ssl.SSLContext], told: str, alert: str
+) -> None:
+    calls: list[tuple[tuple[str, int], str]] = []
+    uninstall = install_handshake_logging(lambda peer, exc: calls.append((peer, str(exc))))
+    try:
+        async with serving(server_of(pki.server)) as port:
+            with pytest.raises(ssl.SSLError) as caught:
+                await ask(port, client(pki, tmp_path))
+    finally:
+        uninstall()
+    assert caught.value.reason == alert
+    assert [peer[0] for peer, _ in calls] == [HOST]
+    assert told in calls[0][1]
+
+
+async def test_the_hook_says_nothing_of_a_handshake_that_succeeds_and_can_be_taken_back(pki: Pki) -> None:
+    original = sslproto.SSLProtocol.__dict__["_on_handshake_complete"]
+    calls: list[object] = []
+    uninstall = install_handshake_logging(lambda *call: calls.append(call))
+    async with serving(server_of(pki.server)) as port:
+        assert (await ask(port, client_of(pki.admin)))[0] == b"ok"
+    uninstall()
+    assert calls == []
+    assert sslproto.SSLProtocol.__dict__["_on_handshake_complete"] is original
+
+
+def test_where_asyncio_has_no_such_method_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sslproto.SSLProtocol, "_on_handshake_complete")
+    install_handshake_logging(lambda *_: None)()
+    assert not hasattr(sslproto.SSLProtocol, "_on_handshake_complete")
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def encrypted(key: Path, path: Path) -> Path:
+    loaded = serialization.load_pem_private_key(key.read_bytes(), None)
+    form, how = serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"secret")
+    path.write_bytes(loaded.private_bytes(serialization.Encoding.PEM, form, how))
+    return path
+
+
+BAD_FILES: dict[str, Callable[[Files, Path], Files]] = {
+    "cannot read CA certificate .*absent: No such file or directory": lambda good, tmp: Files(tmp / "absent", good.cert, good.key),
+    "cannot read certificate .*absent: No such file or directory": lambda good, tmp: Files(good.ca, tmp / "absent", good.key),
+    "cannot read key .*absent: No such file or directory": lambda good, tmp: Files(good.ca, good.cert, tmp / "absent"),
+    "cannot read key .*: Is a directory": lambda good, tmp: Files(good.ca, good.cert, tmp),
+    "cannot read CA certificate .*text: it holds no certificate": lambda good, tmp: Files(
+        write(tmp / "text", "x"), good.cert, good.key
+    ),
+    "cannot read certificate .*text: it holds no certificate": lambda good, tmp: Files(good.ca, write(tmp / "text", "x"), good.key),
+    "cannot read key .*text: it holds no private key": lambda good, tmp: Files(good.ca, good.cert, write(tmp / "text", "x")),
+    "cannot read key .*enc: it is encrypted": lambda good, tmp: Files(good.ca, good.cert, encrypted(good.key, tmp / "enc")),
+    "cannot read key .*other.key: it does not belong to certificate .*server.pem": lambda good, tmp: Files(
+        good.ca, good.cert, issue(tmp, trustme.CA(), "other", "a@b").key
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_FILES)
+@pytest.mark.parametrize("make", [server_context, client_context])
+def test_a_file_that_cannot_be_used_is_named_with_the_reason(
+    pki: Pki, tmp_path: Path, message: str, make: Callable[[Path, Path, Path], ssl.SSLContext]
+) -> None:
+    bad = BAD_FILES[message](pki.server, tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        make(bad.ca, bad.cert, bad.key)

@@ -1,0 +1,62 @@
+"""A cgroup tree of a test's own, and processes inside it, without the shim."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobrunner.linux.cgroup import detect
+from jobrunner.linux.mountinfo import cgroup_mounts
+
+if TYPE_CHECKING:
+    from jobrunner.linux.cgroup import CgroupHost, JobCgroup
+
+JOB = "0123456789ab"
+ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 99; shift; done; shift; exec "$@"'
+
+
+@contextmanager
+def own_tree() -> Iterator[CgroupHost]:
+    """A host with a BASE that nobody else has, which is gone afterwards. Fails if the test has left anything in it."""
+    name = f"jobrunner-test-{secrets.token_hex(4)}"
+    host = detect("", name)
+    try:
+        yield host
+    finally:
+        left = host.leftovers()
+        for job_id in left:
+            cgroup = host.reopen(job_id, {})
+            cgroup.kill()
+            cgroup.remove()
+        host.close()
+    assert left == []
+    assert directories(name) == []
+
+
+def directories(name: str) -> list[Path]:
+    """All directories of this name in all cgroup hierarchies."""
+    points = {mount.point for mount in cgroup_mounts().values()}
+    return [Path(found, name) for point in points for found, names, _ in os.walk(point) if name in names]
+
+
+def start(cgroup: JobCgroup, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+    """A child that enters the job's cgroups by itself, as init does, and then is this command."""
+    entries = [value for key, value in cgroup.launch_items() if key == "cgroup1-job"]
+    entries += [f"{value}/cgroup.procs" for key, value in cgroup.launch_items() if key == "cgroup2-job"]
+    command = ["/bin/sh", "-c", ENTER, "sh", *entries, "--", *argv]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(cgroup: JobCgroup, argv: Sequence[str], timeout: float = 20) -> subprocess.CompletedProcess[bytes]:
+    """The same, to its end."""
+    with start(cgroup, argv) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)

@@ -7,6 +7,7 @@ SETTINGS come first, and only after the certificate was accepted), and often a T
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, cast
 
 import anyio
@@ -17,10 +18,10 @@ from h2.events import UnknownFrameReceived
 from h2.settings import SettingCodes
 
 if TYPE_CHECKING:
-    import asyncio
     import ssl
 
     from grpclib.encoding.base import CodecBase
+    from h2.config import H2Configuration
 
 __all__ = ["ClientChannel", "ClientProtocol"]
 
@@ -29,6 +30,8 @@ CONNECTION_WINDOW = 16 * 1024 * 1024
 STREAM_WINDOW = 1024 * 1024
 """Smaller than the connection's, so that one output stream that nobody reads does not stop every other call."""
 CONNECT_TIMEOUT = 10.0
+CLOSE_TIMEOUT = 0.25
+PROBE_TIMEOUT = 2.0
 TLS_SHUTDOWN_TIMEOUT = 2.0
 
 _CONFIGURATION = Configuration(
@@ -53,9 +56,16 @@ class ClientProtocol(H2Protocol):
     """What the transport said when it was lost; None also for a quiet end-of-file."""
 
     processor: EventsProcessor
+    transport: asyncio.BaseTransport
+
+    def __init__(self, handler: Handler, config: Configuration, h2_config: H2Configuration) -> None:
+        super().__init__(handler, config, h2_config)
+        self.closed = asyncio.Event()
+        """Set when `gone` is, and the socket is closed."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self.transport = transport
         h2 = self.connection._connection
         h2.update_settings({SettingCodes.MAX_FRAME_SIZE: MAX_FRAME})
         # h2 applies the new size only after the bytes that hold the server's acknowledgement: a large frame in the same
@@ -73,6 +83,7 @@ class ClientProtocol(H2Protocol):
         self.gone = True
         self.lost = exc
         super().connection_lost(exc)
+        self.closed.set()
 
 
 class ClientChannel(Channel):
@@ -100,3 +111,28 @@ class ClientChannel(Channel):
             )
         self.last = cast("ClientProtocol", protocol)
         return protocol
+
+    async def probe(self) -> bytes:
+        """The first byte that the server says to this client's certificate, b"" if it just closes.
+
+        Raises ssl.SSLError for an alert, OSError and TimeoutError. Asked by a connection of its own that sends nothing after the
+        handshake: the one that failed had sent the beginning of HTTP/2, and a server that closes with that unread resets the
+        connection, so that its alert is lost on the way (RFC 9293 section 3.6.1).
+        """
+        with anyio.fail_after(PROBE_TIMEOUT):
+            reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls)
+            try:
+                return await reader.read(1)
+            finally:
+                writer.transport.abort()
+
+    async def aclose(self) -> None:
+        """Close, and return when the socket is closed: at once if the server answers TLS's goodbye, else after CLOSE_TIMEOUT."""
+        self.close()
+        if self.last is None:
+            return
+        with anyio.move_on_after(CLOSE_TIMEOUT):
+            await self.last.closed.wait()
+        if not self.last.gone:
+            cast("asyncio.Transport", self.last.transport).abort()
+            await self.last.closed.wait()

@@ -93,8 +93,8 @@ class JobClient:
 
     async def __aexit__(self, *_: object) -> None:
         if self._open is not None:
-            self._open.close()
-            self._open = None
+            channel, self._open = self._open, None
+            await channel.aclose()
 
     async def start(self, spec: JobSpec | str, *args: str, **fields: Any) -> ClientJob:
         """Start a job: `start(JobSpec(...))`, or `start("echo", "hi", name="x")` with the fields of JobSpec.
@@ -165,7 +165,7 @@ class JobClient:
     async def _unary(self, method: str, request: Any, reply_type: type[_Reply], verb: str, timeout: float | None) -> _Reply:
         """One call with one answer. `verb` is what fails if it fails, `timeout` its deadline in seconds."""
         channel = self._channel
-        with translated(channel, verb, timeout) as attempt:
+        async with translated(channel, verb, timeout) as attempt:
             path = f"{SERVICE}/{method}"
             async with channel.request(path, Cardinality.UNARY_UNARY, type(request), reply_type, timeout=timeout) as call:
                 attempt.call = call

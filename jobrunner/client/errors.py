@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import ssl
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from grpclib.const import Status
@@ -18,7 +18,7 @@ from jobrunner.errors import InternalError, JobRunnerError, Timeout, Unauthentic
 from jobrunner.wire.status import ERROR_TRAILER, error_from_wire
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator
 
     from grpclib.client import Stream as Call
 
@@ -49,8 +49,8 @@ class Attempt:
         self.call: Call[Any, Any] | None = None
 
 
-@contextmanager
-def translated(channel: ClientChannel, verb: str, timeout: float | None = None) -> Iterator[Attempt]:
+@asynccontextmanager
+async def translated(channel: ClientChannel, verb: str, timeout: float | None = None) -> AsyncIterator[Attempt]:
     """Raise what one call raises as an error of this project. `verb` is what failed: `start job`, `read log of job X`.
 
     The whole call must be made inside, by one task, and put into the `call` of what this yields.
@@ -66,9 +66,9 @@ def translated(channel: ClientChannel, verb: str, timeout: float | None = None) 
         raise _timed_out(channel, attempt) from exc
     except StreamTerminatedError as exc:
         _uncancel(before)
-        raise _lost(channel, exc) from exc
+        raise await _lost(channel, exc) from exc
     except (OSError, H2Error, ProtocolError) as exc:
-        raise _lost(channel, exc) from exc
+        raise await _lost(channel, exc) from exc
     except (AssertionError, AttributeError, NotImplementedError, ValueError, OverflowError) as exc:
         # A message that is none (`wire.codec`), or grpclib's own words for a peer that does not keep to the protocol.
         raise InternalError(f"cannot {verb}: unexpected answer from {_address(channel)}: {exc!r}") from exc
@@ -129,7 +129,7 @@ def _timed_out(channel: ClientChannel, attempt: Attempt) -> JobRunnerError:
     return Timeout(f"cannot {attempt.verb}: no answer from {_address(channel)}{within}")
 
 
-def _lost(channel: ClientChannel, exc: Exception) -> JobRunnerError:
+async def _lost(channel: ClientChannel, exc: Exception) -> JobRunnerError:
     """Why a connection could not be made, or why it was lost."""
     where = f"cannot reach {_address(channel)}"
     if isinstance(exc, ssl.SSLCertVerificationError):
@@ -142,8 +142,16 @@ def _lost(channel: ClientChannel, exc: Exception) -> JobRunnerError:
     if last is None or last.received or not last.gone:
         told = last.lost if last is not None else None
         return Unavailable(f"lost the connection to {_address(channel)}: {_reason(told or exc)}")
-    if isinstance(last.lost, ssl.SSLError):
-        return _refused(where, last.lost) or Unauthenticated(f"{where}: the server refused TLS: {_reason(last.lost)}")
+    try:
+        if isinstance(last.lost, ssl.SSLError):
+            raise last.lost
+        said = await channel.probe()
+    except ssl.SSLError as alert:
+        return _refused(where, alert) or Unauthenticated(f"{where}: the server refused TLS: {_reason(alert)}")
+    except OSError as probed:
+        return Unavailable(f"{where}: {_reason(probed)}")
+    if said:
+        return Unavailable(f"lost the connection to {_address(channel)}: {_reason(last.lost or exc)}")
     return Unauthenticated(f"{where}: the server closed the connection during TLS: it probably rejected the client certificate")
 
 

@@ -125,20 +125,20 @@ class ClientOutputReader(OutputReader):
             follow=self._follow,
             streams=streams_to_wire(self._streams),
         )
-        with translated(self._channel, f"read log of job {self.job_id}") as attempt:
-            async with self._call() as call:
-                attempt.call = call
-                await call.send_message(request, end=True)
-                while (message := await call.recv_message()) is not None:
-                    part = output_from_wire(message)
-                    if isinstance(part, End):
-                        self._last = part
-                        self._changed.set()
-                    elif part is not None:
-                        await self._put(part)
-                # Asked for by hand: on its way out grpclib skips the trailers, and with them a status that is not OK, if the
-                # server has closed the connection by then.
-                await call.recv_trailing_metadata()
+        verb = f"read log of job {self.job_id}"
+        async with translated(self._channel, verb) as attempt, self._call() as call:
+            attempt.call = call
+            await call.send_message(request, end=True)
+            while (message := await call.recv_message()) is not None:
+                part = output_from_wire(message)
+                if isinstance(part, End):
+                    self._last = part
+                    self._changed.set()
+                elif part is not None:
+                    await self._put(part)
+            # Asked for by hand: on its way out grpclib skips the trailers, and with them a status that is not OK, if the
+            # server has closed the connection by then.
+            await call.recv_trailing_metadata()
         if self._last is None:
             raise InternalError(f"cannot read log of job {self.job_id}: it stopped at offset {self._received_to} without its end")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.cli import jobrunner, shell, start
+from tests.support.cli import jobrunner, shell, start, stop, wait
 
 if TYPE_CHECKING:
     from tests.support.daemon import ServerProcess
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.requires("root")
 def ended(server: ServerProcess, script: str, *options: str) -> str:
     """The id of a shell script's job that has ended."""
     job_id = shell(server, script, *options)
-    jobrunner(server, "wait", job_id)
+    wait(server, job_id)
     return job_id
 
 
@@ -100,7 +100,7 @@ def test_log_of_a_running_job_is_a_snapshot(server: ServerProcess) -> None:
     assert with_first.code == 0
     assert with_first.out in (b"", b"first\n")
     assert jobrunner(server, "status", job_id).text == "running\n"
-    jobrunner(server, "stop", job_id)
+    stop(server, job_id)
 
 
 def test_follow_ends_when_the_job_ends(server: ServerProcess) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from jobrunner import errors
 from jobrunner_cli.exitcodes import CODES
-from tests.support.cli import Result, jobrunner, shell, start
+from tests.support.cli import Result, jobrunner, shell, start, stop, wait
 
 if TYPE_CHECKING:
     from tests.support.daemon import ServerProcess
@@ -172,7 +172,7 @@ def test_an_address_that_is_none(server: ServerProcess, address: str) -> None:
 
 def test_an_offset_past_the_end_of_an_ended_log(server: ServerProcess) -> None:
     job_id = shell(server, "printf 123")
-    jobrunner(server, "wait", job_id)
+    wait(server, job_id)
     assert_fails(
         jobrunner(server, "log", "--offset", "4", job_id), 79, f"cannot read log of job {job_id}: offset 4 is past its end, 3"
     )
@@ -187,12 +187,12 @@ def test_a_request_id_that_was_used_for_another_request(server: ServerProcess) -
 def test_removing_a_job_that_runs(server: ServerProcess) -> None:
     job_id = start(server, "sleep", "1000")
     assert_fails(jobrunner(server, "rm", job_id), 65, r"cannot remove job.*: .+")
-    jobrunner(server, "stop", "--grace", "0", job_id)
+    stop(server, job_id)
 
 
 def test_a_closed_standard_output(server: ServerProcess) -> None:
     job_id = shell(server, "echo x")
-    jobrunner(server, "wait", job_id)
+    wait(server, job_id)
     program = Path(sys.executable).with_name("jobrunner")
     done = subprocess.run(
         ["sh", "-c", f"exec {program} log {job_id} >&-"],

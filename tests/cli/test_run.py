@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.cli import jobrunner, popen, start
+from tests.support.cli import jobrunner, popen, start, stop
 
 if TYPE_CHECKING:
     import subprocess
@@ -86,7 +86,7 @@ def test_the_second_ctrl_c_leaves_while_the_job_has_its_grace_period(server: Ser
     assert process.returncode == 130
     job_id = newest(server, "twice")
     assert jobrunner(server, "status", job_id).text == "running\n"
-    jobrunner(server, "stop", "--grace", "0", job_id)
+    stop(server, job_id)
 
 
 def test_a_closed_standard_output_stops_the_job_quietly(server: ServerProcess) -> None:
@@ -118,7 +118,7 @@ def test_ctrl_c_leaves_a_log_that_is_followed_while_nobody_reads(server: ServerP
         assert process.stderr is not None
         assert process.stderr.read() == b""
     assert jobrunner(server, "status", job_id).text == "running\n"
-    jobrunner(server, "stop", "--grace", "0", job_id)
+    stop(server, job_id)
 
 
 def test_output_that_cannot_be_written_is_one_line_and_stops_the_job(server: ServerProcess) -> None:

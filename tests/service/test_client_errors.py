@@ -12,6 +12,7 @@ import pytest
 from jobrunner.client import JobClient
 from jobrunner.errors import ConfigError, JobRunnerError, Timeout, Unauthenticated, Unavailable, Unsupported
 from jobrunner.server.devcerts import make_certs
+from tests.support.daemon import ServerProcess
 from tests.support.peer import client_of, peer_client
 
 if TYPE_CHECKING:
@@ -108,3 +109,29 @@ async def test_a_client_that_is_not_open_says_so() -> None:
     client = JobClient("host:1", ca="ca", cert="cert", key="key")
     with pytest.raises(JobRunnerError, match="cannot reach host:1: the client is not open"):
         await client.get(JOB).info()
+
+
+async def test_every_refused_certificate_is_told_by_its_reason(server: ServerProcess) -> None:
+    said = set()
+    with anyio.fail_after(50):
+        for _ in range(50):
+            async with server.client("stranger") as client:
+                with pytest.raises(Unauthenticated) as caught:
+                    await client.list()
+                said.add(caught.value.message.partition(": ")[2])
+    assert said == {"the server rejected the client certificate: it is not signed by the server's CA"}
+
+
+async def test_a_server_that_was_restarted_is_reached_by_the_same_client(tmp_path: Path) -> None:
+    first = ServerProcess(tmp_path)
+    with anyio.fail_after(50):
+        async with first.client() as client:
+            assert (await client.server()).draining is False
+            first.end()
+            with pytest.raises(Unavailable):
+                await client.server()
+            second = ServerProcess(tmp_path, listen=first.address)
+            try:
+                assert (await client.server()).running_jobs == 0
+            finally:
+                second.end()

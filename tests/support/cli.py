@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anyio
+
 if TYPE_CHECKING:
+    from jobrunner import JobInfo
     from tests.support.daemon import ServerProcess
+
 
 STARTED = re.compile(r"Started job with ID: ([0-9a-f]{12})\n")
 
@@ -52,5 +56,32 @@ def start(server: ServerProcess, *args: str) -> str:
 
 
 def shell(server: ServerProcess, script: str, *options: str) -> str:
-    """The id of a job that runs a shell script."""
-    return start(server, *options, "--", "sh", "-c", script)
+    """The id of a job that runs a shell script; started by the SDK, which is quicker, unless there are options."""
+    if options:
+        return start(server, *options, "--", "sh", "-c", script)
+
+    async def started() -> str:
+        async with server.client() as client:
+            return (await client.start("sh", "-c", script)).job_id
+
+    return anyio.run(started)
+
+
+def wait(server: ServerProcess, job_id: str) -> JobInfo:
+    """How a job has ended, asked by the SDK."""
+
+    async def waited() -> JobInfo:
+        async with server.client() as client:
+            return await client.get(job_id).wait()
+
+    return anyio.run(waited)
+
+
+def stop(server: ServerProcess, job_id: str) -> None:
+    """End a job that the test has left running."""
+
+    async def stopped() -> None:
+        async with server.client() as client:
+            await client.get(job_id).stop(grace=0)
+
+    anyio.run(stopped)

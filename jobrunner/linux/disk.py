@@ -76,12 +76,12 @@ def _disks_of_mount(mount: Mount, asked: str, sys: Path) -> list[Disk]:
 
 def _whole_disks(device: str, asked: str, sys: Path) -> list[Disk]:
     """From a block device down to the disks: a partition's parent, the members of a logical volume or a RAID."""
+    directory = f"{sys}/dev/block/{device}"
     try:
-        directory = os.path.realpath(sys / "dev/block" / device, strict=True)
         if Path(directory, "partition").exists():
-            directory = directory.rpartition("/")[0]
-            device = _number_of(directory)
-        members = sorted(os.listdir(f"{directory}/slaves")) if Path(directory, "slaves").exists() else []
+            device = _number_of(f"{directory}/..")  # the kernel's way up, behind the symbolic link
+            directory = f"{sys}/dev/block/{device}"
+        members = sorted(os.listdir(f"{directory}/slaves"))
         if members:
             numbers = [_number_of(f"{directory}/slaves/{member}") for member in members]
             return [disk for number in numbers for disk in _whole_disks(number, asked, sys)]

@@ -58,7 +58,7 @@ class JobServer(Server):
         self._bounds = Bounds(config.max_message, config.max_streams_per_connection, config.send_timeout)
         self._connections: set[ServerProtocol] = set()
         self._changed = asyncio.Event()
-        self._listener = Listener(
+        self.listener = Listener(
             context,
             self._protocol_factory,
             max_connections=config.max_connections,
@@ -77,7 +77,7 @@ class JobServer(Server):
         """Listen, and give the address as HOST:PORT; shut down on leaving. Raises HostError if it cannot listen."""
         host, port = self._settings.address
         try:
-            server = await asyncio.get_running_loop().create_server(self._listener.accept, host, port, backlog=128)
+            server = await asyncio.get_running_loop().create_server(self.listener.accept, host, port, backlog=128)
         except OSError as exc:
             raise HostError(f"cannot listen on {self._settings.listen}: {exc.strerror or exc}") from exc
         try:
@@ -102,7 +102,7 @@ class JobServer(Server):
                 connection.go_away()
             await self._wait_until(lambda: not self._connections, SHUTDOWN_TIMEOUT)
         finally:
-            self._listener.abort()
+            self.listener.abort()
 
     def _protocol_factory(self) -> ServerProtocol:
         handler = CallHandler(self._mapping, self._codec, self._status_details_codec, self.__dispatch__)

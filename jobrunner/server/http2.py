@@ -46,7 +46,7 @@ CONFIGURATION = Configuration(
     http2_stream_window_size=128 * 1024,
 )
 """A dead peer is found within 30 s; what a peer can make the server hold before a handler reads it is small."""
-MAX_UNREAD_ANSWERS = 2 << 20
+MAX_UNREAD_ANSWERS = 256 * 1024
 """Bytes of answers to control frames (PING, SETTINGS) that a peer may leave unread."""
 TIMEOUT = re.compile(r"[0-9]{1,8}[HMSmun]")
 """grpc-timeout: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md"""
@@ -150,7 +150,10 @@ class CallHandler(grpc_server.Handler):
         stream.method = dict(headers).get(":path", "")
         method = self.mapping.get(stream.method)
         stream.wants_message = method is not None and not method.cardinality.client_streaming
-        self._tasks[stream] = self.loop.create_task(self._answer(stream, _checked(headers), release_stream))
+        task = self.loop.create_task(self._answer(stream, _checked(headers), release_stream))
+        # A call that is reset before its task has run once is cancelled without a line of it being executed.
+        task.add_done_callback(lambda _: release_stream())
+        self._tasks[stream] = task
 
     def unfinished(self) -> int:
         """Calls whose handler has not returned yet, counted up to ten too high (grpclib forgets them in tens)."""
@@ -250,7 +253,8 @@ class ServerProtocol(H2Protocol):
         release_stream = self.processor.register(stream)
 
         def release() -> None:
-            release_stream()
+            if stream.id in self.processor.streams:
+                release_stream()
             self._changed.set()
 
         self.handler.accept(stream, event.headers, release)

@@ -171,3 +171,7 @@ def _told() -> Iterator[None]:
         print(f"jobrunnerd: {exc.message}", file=sys.stderr)
         code = EXIT_USAGE if isinstance(exc, ConfigError) else EXIT_BUG if isinstance(exc, InternalError) else EXIT_HOST
         raise typer.Exit(code) from exc
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -17,7 +18,7 @@ from jobrunner.server import auth
 from jobrunner.wire import descriptors
 from tests.support.certs import CertificateAuthority, Pair
 from tests.support.protobuf import official
-from tests.support.server import GRPC_ERROR, Running, official_channel, serving
+from tests.support.server import GRPC_ERROR, Running, invoke, official_channel, serving
 
 pytestmark = pytest.mark.requires("root")
 
@@ -54,7 +55,7 @@ SERVER = ExtendedKeyUsageOID.SERVER_AUTH
 
 def certificate(authority: CertificateAuthority, kind: str) -> Pair | None:
     stranger = CertificateAuthority(authority.directory / "stranger")
-    make = {
+    make: dict[str, Callable[[], Pair | None]] = {
         "admin": lambda: authority.issue("c", ["admin"]),
         "viewer": lambda: authority.issue("c", ["viewer"]),
         "admin for server and client use": lambda: authority.issue("c", ["admin"], usages=(CLIENT, SERVER)),
@@ -193,7 +194,7 @@ async def _answer(channel: grpc.aio.Channel, rpc: str) -> str:
     question = official()["grpc.reflection.v1.ServerReflectionRequest"](list_services="").SerializeToString()
     first = question if "Reflection" in rpc else b""
     # On the wire a call with one message looks the same whatever its kind is.
-    call = channel.unary_stream(rpc)(first)
+    call = invoke(channel, rpc, "", "unary_stream")(first)
     try:
         if await call.read() is grpc.aio.EOF:
             return str((await call.code()).name)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import grpc
 import grpc.aio
+import pytest
 
 from jobrunner.config import RunnerConfig, ServerConfig
 from jobrunner.server.main import running_server
@@ -15,7 +17,7 @@ from tests.support.certs import CertificateAuthority, Pair
 from tests.support.protobuf import official
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from jobrunner.runner import JobRunner
@@ -57,8 +59,11 @@ async def official_channel(address: str, ca: Path, pair: Pair | None) -> AsyncIt
 
 
 @asynccontextmanager
-async def serving(path: Path, **settings: Any) -> AsyncIterator[Running]:
-    """Serve below `path`; settings are ServerConfig's, and those of RunnerConfig under `runner`. Jobs are stopped in the end."""
+async def serving(path: Path, *, keep_jobs: bool = False, **settings: Any) -> AsyncIterator[Running]:
+    """Serve below `path`; settings are ServerConfig's, and those of RunnerConfig under `runner`.
+
+    Jobs are stopped in the end, unless kept.
+    """
     authority = CertificateAuthority(path / "certs")
     pair = authority.issue_server()
     runner = RunnerConfig(state_dir=path / "state", **settings.pop("runner", {}))
@@ -69,7 +74,7 @@ async def serving(path: Path, **settings: Any) -> AsyncIterator[Running]:
             yield Running(running.address, running.server, running.runner, authority)
         finally:
             with anyio.CancelScope(shield=True), anyio.fail_after(30):
-                for job in running.runner.list():
+                for job in [] if keep_jobs else running.runner.list():
                     await job.stop(grace=0)
 
 
@@ -78,19 +83,37 @@ def message(name: str, **fields: Any) -> Any:
     return official()[f"jobrunner.v1.{name}"](**fields)
 
 
+def invoke(channel: grpc.aio.Channel, path: str, reply: str, kind: str = "unary_unary") -> Any:
+    """The call of any RPC, to be given an official message or bytes; the answer is of type `reply`, or bytes if that is empty."""
+    encode = lambda request: request if isinstance(request, bytes) else request.SerializeToString()  # noqa: E731
+    return getattr(channel, kind)(path, encode, official()[reply].FromString if reply else None)
+
+
 def unary(channel: grpc.aio.Channel, method: str, reply: str) -> Any:
     """The call of one unary RPC; `reply` is the type of its answer."""
-    path = method if method.startswith("/") else f"{SERVICE}/{method}"
-    return channel.unary_unary(path, lambda request: request.SerializeToString(), official()[f"jobrunner.v1.{reply}"].FromString)
+    return invoke(channel, f"{SERVICE}/{method}", f"jobrunner.v1.{reply}")
 
 
 def subscribe(channel: grpc.aio.Channel, **fields: Any) -> Any:
     """A call of SubscribeOutput: an async iterator of JobOutputResponse."""
-    path = f"{SERVICE}/SubscribeOutput"
-    call = channel.unary_stream(
-        path, lambda request: request.SerializeToString(), official()["jobrunner.v1.JobOutputResponse"].FromString
-    )
+    call = invoke(channel, f"{SERVICE}/SubscribeOutput", "jobrunner.v1.JobOutputResponse", "unary_stream")
     return call(message("JobSubscriptionRequest", **fields))
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Until this holds, where nothing tells that it does."""
+    with anyio.fail_after(seconds):
+        while not condition():  # noqa: ASYNC110
+            await anyio.sleep(0.005)
+
+
+async def failure(call: Any) -> tuple[grpc.StatusCode, str]:
+    """The status and message that a call fails with. The error itself is not kept: it would keep the connection."""
+    try:
+        answer = await call
+    except GRPC_ERROR as exc:
+        return exc.code(), exc.details() or ""
+    pytest.fail(f"the call was answered: {answer}")
 
 
 async def start(channel: grpc.aio.Channel, command: str, *args: str, **fields: Any) -> str:

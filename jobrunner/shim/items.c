@@ -1,153 +1,206 @@
-/* Item lists (docs/formats.md): `key=value` items, each ended by a NUL. What is not known is refused. */
+/*
+ * Item lists (docs/formats.md): `key=value` items, each ended by a NUL, the first of which names the format and its version.
+ *
+ * Whatever is not known, does not parse, is missing or is given twice is refused and named: the step is `args`, the errno EINVAL. A
+ * value is never told, because it may be that of an environment variable.
+ */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <signal.h>
-#include <stdlib.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
-#include "shim.h"
+#include "jobrunner.h"
 
-/* The value of an item if its key is this one. */
-static char *value_of(char *item, const char *key)
-{
-	size_t length = strlen(key);
-	return strncmp(item, key, length) == 0 && item[length] == '=' ? item + length + 1 : NULL;
-}
+#define MAX_MS INT64_C(1000000000000)	/* 31 years; in ns still far from overflow when it is added to a clock */
+#define MAX_NUMBER INT64_MAX
 
+enum kind { TEXT, PATH, NUMBER, TEXTS, ENV, ARG };
+
+struct key {
+	const char *name;
+	enum kind kind;
+	bool mandatory;
+	size_t offset, count_offset;	/* of the field, and of the count if it is an array */
+	int64_t low, high;		/* of a number, and the most items of an array */
+};
+
+#define AT(type, field) offsetof(struct type, field)
+static const struct key PLAN_KEYS[] = {
+	{"dir", PATH, true, AT(plan, dir), 0, 0, 0},
+	{"cgroup2-shim", PATH, false, AT(plan, cgroup2_shim), 0, 0, 0},
+	{"cgroup2-job", PATH, false, AT(plan, cgroup2_job), 0, 0, 0},
+	{"cgroup1-shim", TEXTS, false, AT(plan, cgroup1_shim), AT(plan, n_cgroup1_shim), 0, MAX_CGROUPS},
+	{"cgroup1-job", TEXTS, false, AT(plan, cgroup1_job), AT(plan, n_cgroup1_job), 0, MAX_CGROUPS},
+	{"oom-control", PATH, false, AT(plan, oom_control), 0, 0, 0},
+	{"counter", TEXTS, false, AT(plan, counters), AT(plan, n_counters), 0, MAX_COUNTERS},
+	{"hostname", TEXT, true, AT(plan, hostname), 0, 0, 0},
+	{"cwd", PATH, true, AT(plan, cwd), 0, 0, 0},
+	{"merge", NUMBER, true, AT(plan, merge), 0, 0, 1},
+	{"stop-signal", NUMBER, true, AT(plan, stop_signal), 0, 1, 64},
+	{"grace-ms", NUMBER, true, AT(plan, grace_ms), 0, 0, MAX_MS},
+	{"timeout-ms", NUMBER, false, AT(plan, timeout_ms), 0, 0, MAX_MS},
+	{"idle-timeout-ms", NUMBER, false, AT(plan, idle_timeout_ms), 0, 0, MAX_MS},
+	{"segment-bytes", NUMBER, true, AT(plan, segment_bytes), 0, 1, MAX_NUMBER},
+	{"open-files", NUMBER, false, AT(plan, open_files), 0, 0, MAX_NUMBER},
+	{"env", ENV, false, 0, 0, 0, 0},
+	{"arg", ARG, true, 0, 0, 0, 0},
+};
+
+struct stop_items {
+	const char *reason, *by;
+	int64_t signal, grace_ms;
+};
+static const struct key STOP_KEYS[] = {
+	{"reason", TEXT, true, AT(stop_items, reason), 0, 0, 0},
+	{"signal", NUMBER, true, AT(stop_items, signal), 0, 1, 64},
+	{"grace-ms", NUMBER, true, AT(stop_items, grace_ms), 0, 0, MAX_MS},
+	{"by", TEXT, false, AT(stop_items, by), 0, 0, 0},
+};
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
+/* Decimal, nothing before or after it; leading zeros are refused, because somebody may take them for octal. */
 static bool parse_number(const char *text, int64_t low, int64_t high, int64_t *number)
 {
-	char *end;
-	if (*text < '0' || *text > '9')
+	uint64_t value = 0;
+	if (!*text || (text[0] == '0' && text[1]))
 		return false;
-	errno = 0;
-	long long parsed = strtoll(text, &end, 10);
-	if (errno || *end || parsed < low || parsed > high)
+	for (; *text; text++) {
+		if (*text < '0' || *text > '9' || value > (UINT64_MAX - 9) / 10)
+			return false;
+		value = value * 10 + (uint64_t)(*text - '0');
+	}
+	if (value > (uint64_t)high || (int64_t)value < low)
 		return false;
-	*number = parsed;
+	*number = (int64_t)value;
 	return true;
 }
 
-static bool keep_text(const char **slot, char *value)
+static bool store(const struct key *key, char *value, void *target, bool seen)
 {
-	bool first = !*slot;
-	*slot = value;
-	return first;
-}
-
-static bool keep_more(const char **slots, int *count, int most, char *value)
-{
-	if (*count == most)
+	void *field = (char *)target + key->offset;
+	if (key->kind == TEXTS) {
+		int *count = (void *)((char *)target + key->count_offset);
+		if (*count >= key->high)
+			return false;
+		((const char **)field)[(*count)++] = value;
+		return true;
+	}
+	if (key->kind == ENV)
+		return *value != '=' && strchr(value, '=');
+	if (key->kind == ARG)
+		return true;
+	if (seen)
 		return false;
-	slots[(*count)++] = value;
-	return true;
+	if (key->kind == NUMBER)
+		return parse_number(value, key->low, key->high, field);
+	*(const char **)field = value;
+	return key->kind == TEXT || *value == '/';
 }
 
-static bool take_number(struct plan *plan, char *item, bool *known)
+static int refuse(struct report *why, const char *what, const char *name)
 {
-	char *value;
-	int64_t number = 0;
-	*known = true;
-	if ((value = value_of(item, "merge")) && parse_number(value, 0, 1, &number)) {
-		plan->merge = number;
-		return true;
-	}
-	if ((value = value_of(item, "stop-signal")) && parse_number(value, 1, SIGRTMAX, &number)) {
-		plan->stop_signal = (int)number;
-		return true;
-	}
-	if ((value = value_of(item, "segment-bytes")) && parse_number(value, 1, INT64_MAX, &number)) {
-		plan->segment_bytes = (uint64_t)number;
-		return true;
-	}
-	if ((value = value_of(item, "grace-ms")))
-		return parse_number(value, 0, INT64_MAX / 2000000, &plan->grace_ms);
-	if ((value = value_of(item, "timeout-ms")))
-		return parse_number(value, 0, INT64_MAX / 2000000, &plan->timeout_ms);
-	if ((value = value_of(item, "idle-timeout-ms")))
-		return parse_number(value, 0, INT64_MAX / 2000000, &plan->idle_timeout_ms);
-	if ((value = value_of(item, "open-files")))
-		return parse_number(value, 1, INT64_MAX, &plan->open_files);
-	*known = false;
-	return false;
+	char detail[96];
+	snprintf(detail, sizeof detail, "%s%.64s", what, name);
+	return fail(why, "args", EINVAL, detail);
 }
 
-static bool take_text(struct plan *plan, char *item)
+static const struct key *find_key(const struct key *keys, size_t n_keys, const char *name, size_t length)
 {
-	char *value;
-	if ((value = value_of(item, "dir")))
-		return value[0] == '/' && keep_text(&plan->dir, value);
-	if ((value = value_of(item, "cgroup2-shim")))
-		return keep_text(&plan->cgroup2_shim, value);
-	if ((value = value_of(item, "cgroup2-job")))
-		return keep_text(&plan->cgroup2_job, value);
-	if ((value = value_of(item, "cgroup1-shim")))
-		return keep_more(plan->cgroup1_shim, &plan->n_cgroup1_shim, MAX_CGROUPS, value);
-	if ((value = value_of(item, "cgroup1-job")))
-		return keep_more(plan->cgroup1_job, &plan->n_cgroup1_job, MAX_CGROUPS, value);
-	if ((value = value_of(item, "oom-control")))
-		return keep_text(&plan->oom_control, value);
-	if ((value = value_of(item, "counter")))
-		return keep_more(plan->counters, &plan->n_counters, MAX_COUNTERS, value);
-	if ((value = value_of(item, "hostname")))
-		return keep_text(&plan->hostname, value);
-	if ((value = value_of(item, "cwd")))
-		return value[0] == '/' && keep_text(&plan->cwd, value);
-	return false;
+	for (size_t i = 0; i < n_keys; i++)
+		if (strlen(keys[i].name) == length && memcmp(keys[i].name, name, length) == 0)
+			return &keys[i];
+	return NULL;
 }
 
-int parse_plan(char *list, size_t size, struct plan *plan, struct failure *failure)
+/* Cuts the list into strings in place. `counts` gets how often each key was given. */
+static int parse(char *list, size_t size, const char *header, const struct key *keys, size_t n_keys, void *target, size_t *counts,
+		 struct report *why)
 {
-	if (size == 0 || list[size - 1] != '\0' || strcmp(list, "jobrunner-launch=1") != 0)
-		return fail(failure, "args", 0, "not a launch list of version 1"), -1;
-	size_t items = 0;
-	for (size_t at = 0; at < size; at++)
-		items += list[at] == '\0';
-	/* Room for every item in both vectors; pages that are not touched cost nothing. */
-	char **vectors = mmap(NULL, 2 * (items + 1) * sizeof *vectors, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (vectors == MAP_FAILED)
-		return fail(failure, "args", errno, ""), -1;
-	plan->vectors_size = 2 * (items + 1) * sizeof *vectors;
-	plan->argv = vectors;
-	plan->envp = vectors + items + 1;
-	plan->stop_signal = SIGTERM;
-	plan->grace_ms = 10000;
-	plan->timeout_ms = plan->idle_timeout_ms = plan->open_files = -1;
-	size_t n_arg = 0, n_env = 0;
-	for (char *item = list + strlen(list) + 1; item < list + size; item += strlen(item) + 1) {
-		char *value;
-		bool known;
-		if ((value = value_of(item, "arg")))
-			plan->argv[n_arg++] = value;
-		else if ((value = value_of(item, "env")) && strchr(value, '='))
-			plan->envp[n_env++] = value;
-		else if (!take_number(plan, item, &known) && (known || !take_text(plan, item)))
-			/* Without its value: it may be a secret. */
-			return strchr(item, '=') ? (void)(*strchr(item, '=') = '\0') : (void)0, fail(failure, "args", 0, item), -1;
+	char *at = list, *end = list + size;
+	if (!size || end[-1] != '\0' || strcmp(list, header) != 0)
+		return refuse(why, "not a list of ", header);
+	for (at += strlen(at) + 1; at < end; at += strlen(at) + 1) {
+		char *equals = strchr(at, '=');
+		const struct key *key = equals ? find_key(keys, n_keys, at, (size_t)(equals - at)) : NULL;
+		if (!key) {
+			if (equals)
+				*equals = '\0';
+			return refuse(why, "unknown key ", at);
+		}
+		if (!store(key, equals + 1, target, counts[key - keys] > 0))
+			return refuse(why, "bad value of ", key->name);
+		counts[key - keys]++;
 	}
-	if (!plan->dir || !plan->cwd || !plan->hostname || !plan->segment_bytes || !n_arg || !plan->argv[0][0])
-		return fail(failure, "args", 0, "dir, cwd, hostname, segment-bytes or arg is missing"), -1;
+	for (size_t i = 0; i < n_keys; i++)
+		if (keys[i].mandatory && !counts[i])
+			return refuse(why, "missing ", keys[i].name);
 	return 0;
 }
 
-int parse_stop(char *list, size_t size, struct stop_request *request)
+/* The arguments and the environment as execve(2) takes them, in memory of their own that is given back as a whole. */
+static int make_vectors(struct plan *plan, size_t n_args, size_t n_env, struct report *why)
 {
-	int64_t number;
-	if (size == 0 || list[size - 1] != '\0' || strcmp(list, "jobrunner-stop=1") != 0)
-		return -1;
-	request->cause = CAUSE_NONE;
-	request->signal = 0;
-	request->grace_ms = -1;
-	for (char *item = list + strlen(list) + 1; item < list + size; item += strlen(item) + 1) {
-		char *value;
-		if ((value = value_of(item, "reason")))
-			request->cause = strcmp(value, "shutdown") == 0 ? CAUSE_SHUTDOWN : strcmp(value, "stopped") == 0 ? CAUSE_STOPPED : CAUSE_NONE;
-		else if ((value = value_of(item, "signal")) && parse_number(value, 1, SIGRTMAX, &number))
-			request->signal = (int)number;
-		else if ((value = value_of(item, "grace-ms")) && parse_number(value, 0, INT64_MAX / 2000000, &number))
-			request->grace_ms = number;
-		else if (!value_of(item, "by"))
-			return -1;
+	plan->vectors_size = (n_args + n_env + 2) * sizeof(char *);
+	plan->vectors = mmap(NULL, plan->vectors_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (plan->vectors == MAP_FAILED)
+		return fail(why, "args", errno, "");
+	plan->argv = plan->vectors;
+	plan->env = plan->argv + n_args + 1;
+	char **arg = plan->argv, **env = plan->env;
+	for (char *at = plan->list, *end = at + plan->list_size; at < end; at += strlen(at) + 1) {
+		if (strncmp(at, "arg=", 4) == 0)
+			*arg++ = at + 4;
+		else if (strncmp(at, "env=", 4) == 0)
+			*env++ = at + 4;
 	}
-	return request->cause != CAUSE_NONE && request->signal && request->grace_ms >= 0 ? 0 : -1;
+	return 0;
+}
+
+/* Read a launch list to its end, from a file or a pipe, into memory of our own: nobody changes it once it was checked. */
+int plan_read(int fd, struct plan *plan, struct report *why)
+{
+	size_t counts[COUNT(PLAN_KEYS)] = {0}, size = 0;
+	char *list = mmap(NULL, MAX_LIST, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (list == MAP_FAILED)
+		return fail(why, "args", errno, "");
+	*plan = (struct plan){.list = list, .timeout_ms = -1, .idle_timeout_ms = -1, .open_files = -1};
+	lseek(fd, 0, SEEK_SET);		/* the writer of a memfd left it at its end; a pipe has no place to go to */
+	for (ssize_t n; (n = read(fd, list + size, MAX_LIST - size)) != 0;) {
+		if (n < 0 && errno != EINTR)
+			return fail(why, "args", errno, "cannot read the list");
+		size += n > 0 ? (size_t)n : 0;
+		if (size == MAX_LIST)
+			return fail(why, "args", E2BIG, "");
+	}
+	plan->list_size = size;
+	if (parse(list, size, "jobrunner-launch=1", PLAN_KEYS, COUNT(PLAN_KEYS), plan, counts, why) != 0)
+		return -1;
+	return make_vectors(plan, counts[COUNT(PLAN_KEYS) - 1], counts[COUNT(PLAN_KEYS) - 2], why);
+}
+
+/* Give the list's memory back: up to some MiB, with the values of environment variables in it. The numbers stay. */
+void plan_free(struct plan *plan)
+{
+	munmap(plan->list, MAX_LIST);
+	munmap(plan->vectors, plan->vectors_size);
+	plan->dir = plan->cgroup2_shim = plan->cgroup2_job = plan->oom_control = plan->hostname = plan->cwd = NULL;
+	plan->n_cgroup1_shim = plan->n_cgroup1_job = plan->n_counters = 0;
+	plan->argv = plan->env = NULL;
+}
+
+/* False if it is no stop list of this version. */
+bool stop_parse(char *list, size_t size, struct stop *stop)
+{
+	size_t counts[COUNT(STOP_KEYS)] = {0};
+	struct stop_items items = {0};
+	struct report why = {0};
+	if (parse(list, size, "jobrunner-stop=1", STOP_KEYS, COUNT(STOP_KEYS), &items, counts, &why) != 0)
+		return false;
+	bool shutdown = strcmp(items.reason, "shutdown") == 0;
+	if (!shutdown && strcmp(items.reason, "stopped") != 0)
+		return false;
+	*stop = (struct stop){shutdown ? CAUSE_SHUTDOWN : CAUSE_STOPPED, items.signal, items.grace_ms};
+	return true;
 }

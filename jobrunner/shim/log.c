@@ -1,142 +1,159 @@
 /*
- * The log as it is written (docs/formats.md): bytes first, then the index record that covers them.
+ * The log as it is written (docs/formats.md): first the bytes, then the index record that covers them.
  *
- * A reader believes the index alone, so a crash between the two loses nothing that was told. Tiny reads that come within a
- * millisecond share a record because the shim reads them together (shim.c), not because anything is held back here.
+ * A reader believes the index alone, so whatever ends this process in between loses nothing that was told. Nothing is held back
+ * here; tiny writes share a record because they are read together (copy.c).
  *
- * A write that fails ends the segment. The bytes it took are gone, and counted: the next segment is named by the offset after them and
- * begins with a gap record. Nothing is retried in place, so a full disk costs each read one failed write and never blocks the job.
+ * A write that fails or is short ends the segment: what was written is indexed, the rest is lost and counted, and the next segment
+ * is named by the offset after it and begins with a gap record. Nothing is tried again in place and nothing waits, so a full disk
+ * costs the job bytes of its log and no time.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
-#include "shim.h"
+#include "jobrunner.h"
+
+#define RETRY (10 * MS)		/* between attempts to make a segment on a full disk: each is some writes to a directory */
+
+enum { DATA = 1, GAP, END };
 
 struct index_record {
 	uint64_t end;
-	int64_t time_ns;
+	int64_t real_ns;
 	uint32_t kind, stream;
 	uint64_t lost;
 };
-_Static_assert(sizeof(struct index_record) == 32, "an index record is 32 bytes");
+_Static_assert(sizeof(struct index_record) == 32, "docs/formats.md, Log");
 
 static struct {
-	int dir, data, index;		/* data and index are -1 when there is no segment to write to */
-	uint64_t segment_bytes;
+	int dir, data, index;		/* data is -1 when no segment is open */
+	int64_t segment_bytes, retry_at;
 	uint64_t base, offset;		/* of the segment; of the next byte */
-	uint64_t index_size;
-	uint64_t pending;		/* bytes lost that no gap record tells yet */
-	uint64_t lost;
-} out;
+	uint64_t untold, lost;		/* bytes lost that no gap record tells yet; all bytes lost */
+} out = {.dir = -1, .data = -1, .index = -1};
 
 static void close_segment(void)
 {
-	if (out.data >= 0)
+	if (out.data >= 0) {
+		/* Order: begin to write it to the disk now, wait for that at the end of the job; the job never waits. */
+		sync_file_range(out.data, 0, 0, SYNC_FILE_RANGE_WRITE);
 		close(out.data);
+		close(out.index);
+	}
+	out.data = out.index = -1;
+}
+
+static int put_record(uint64_t end, int64_t real_ns, uint32_t kind, uint32_t stream, uint64_t lost)
+{
+	struct index_record record = {end, real_ns, kind, stream, lost};
+	ssize_t n = write(out.index, &record, sizeof record);
+	if (n == (ssize_t)sizeof record)
+		return 0;
+	return n < 0 ? errno : ENOSPC;
+}
+
+/* Data first: a segment counts once its index is there. 0 or errno. */
+static int create_segment(const char *data, const char *index, int64_t real_ns)
+{
+	const int flags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC;
+	out.data = openat(out.dir, data, flags, 0600);
+	if (out.data < 0)
+		return errno;
+	out.index = openat(out.dir, index, flags, 0600);
+	int error = out.index < 0 ? errno : 0;
+	if (!error && out.untold)
+		error = put_record(out.offset, real_ns, GAP, 0, out.untold);
+	if (!error)
+		return 0;
+	/* A segment that does not say why bytes are missing before it would stop every reader: it must not stay. */
+	unlinkat(out.dir, index, 0);
+	unlinkat(out.dir, data, 0);
+	close(out.data);
 	if (out.index >= 0)
 		close(out.index);
 	out.data = out.index = -1;
+	return error;
 }
 
-/* A record that does not fit whole is taken back, so that no later one stands at a crooked place. */
-static bool put_record(uint32_t kind, uint32_t stream, int64_t time_ns, uint64_t lost)
+static int open_segment(int64_t real_ns)
 {
-	struct index_record record = {out.offset, time_ns, kind, stream, lost};
-	if (out.index < 0)
-		return false;
-	if (pwrite(out.index, &record, sizeof record, (off_t)out.index_size) != sizeof record) {
-		if (ftruncate(out.index, (off_t)out.index_size) != 0)
-			close_segment();
-		return false;
-	}
-	out.index_size += sizeof record;
-	return true;
-}
-
-/* The index comes second: a segment counts once its index exists. */
-static bool open_segment(int64_t time_ns)
-{
-	char name[32];
+	char data[24], index[sizeof data + 4];
 	close_segment();
-	snprintf(name, sizeof name, "%016llx", (unsigned long long)out.offset);
-	out.data = openat(out.dir, name, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-	if (out.data < 0)
-		return false;
-	strcat(name, ".idx");
-	out.index = openat(out.dir, name, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-	out.base = out.offset;
-	out.index_size = 0;
-	if (out.index >= 0 && (!out.pending || put_record(KIND_GAP, 0, time_ns, out.pending))) {
-		out.pending = 0;
-		return true;
+	snprintf(data, sizeof data, "%016llx", (unsigned long long)out.offset);
+	snprintf(index, sizeof index, "%s.idx", data);
+	int error = create_segment(data, index, real_ns);
+	if (!error) {
+		out.base = out.offset;
+		out.untold = 0;
 	}
-	int error = errno;
-	close_segment();
-	name[16] = '\0';
-	unlinkat(out.dir, name, 0);
-	strcat(name, ".idx");
-	unlinkat(out.dir, name, 0);
-	errno = error;
-	return false;
+	return error;
 }
 
-void log_open(int job_dir, uint64_t segment_bytes, struct failure *failure)
+/* Takes over `dir`, the directory `log`. */
+int log_open(int dir, int64_t segment_bytes, struct report *why)
 {
-	out.data = out.index = -1;
+	out.dir = dir;
 	out.segment_bytes = segment_bytes;
-	out.dir = openat(job_dir, "log", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (out.dir < 0 || !open_segment(0))
-		fail(failure, "log", errno, "");
+	int error = open_segment(0);
+	return error ? fail(why, "log", error, "") : 0;
 }
 
-/* Write one read of a stream; false if bytes were lost. */
-bool log_write(int stream, const char *data, size_t size, int64_t time_ns)
+static void lose(size_t size)
 {
-	size_t done = 0;
-	bool open = out.data >= 0 && !out.pending && out.offset - out.base < out.segment_bytes;
-	if (open || open_segment(time_ns)) {
-		while (done < size) {
-			ssize_t n = pwrite(out.data, data + done, size - done, (off_t)(out.offset - out.base + done));
-			if (n < 0 && errno == EINTR)
-				continue;
-			if (n <= 0)
-				break;
-			done += (size_t)n;
-		}
-		out.offset += done;
-		if (done && !put_record(KIND_DATA, (uint32_t)stream, time_ns, 0)) {
-			/* Bytes that no record covers are not there for any reader: they are lost, too. */
-			out.offset -= done;
-			done = 0;
+	close_segment();
+	out.offset += size;
+	out.untold += size;
+	out.lost += size;
+}
+
+/* What was read from a stream at once. Never fails for the caller: what cannot be written is counted. */
+void log_write(enum stream stream, const char *data, size_t size, int64_t real_ns)
+{
+	if (out.data < 0 || out.offset - out.base >= (uint64_t)out.segment_bytes) {
+		int64_t now = now_ns(CLOCK_BOOTTIME);
+		if (now < out.retry_at || open_segment(real_ns) != 0) {
+			out.retry_at = now < out.retry_at ? out.retry_at : now + RETRY;
+			lose(size);
+			return;
 		}
 	}
-	if (done == size)
-		return true;
-	out.offset += size - done;
-	out.pending += size - done;
-	out.lost += size - done;
-	return false;
+	ssize_t n = write(out.data, data, size);
+	size_t written = n > 0 ? (size_t)n : 0;
+	/* Bytes that no record covers are there for no reader: they are lost with the rest. */
+	if (written && put_record(out.offset + written, real_ns, DATA, stream, 0) != 0)
+		written = 0;
+	out.offset += written;
+	if (written < size)
+		lose(size - written);
 }
 
+/* Before the exit record: what it says the log holds must be there after a crash of the host. */
 void log_sync(void)
 {
-	if (out.data >= 0)
-		fdatasync(out.data);
-	if (out.index >= 0)
-		fdatasync(out.index);
+	int copy = openat(out.dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	DIR *dir = copy < 0 ? NULL : fdopendir(copy);
+	for (struct dirent *entry; dir && (entry = readdir(dir));) {
+		int file = entry->d_name[0] == '.' ? -1 : openat(out.dir, entry->d_name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+		if (file >= 0) {
+			fdatasync(file);
+			close(file);
+		}
+	}
+	if (dir)
+		closedir(dir);
+	fsync(out.dir);
 }
 
-void log_end_record(void)
+/* The last record. If even that finds no place the log just ends, and the exit record has the total. */
+void log_end(int64_t real_ns)
 {
-	int64_t now = now_ns(CLOCK_REALTIME);
-	if ((out.pending || out.index < 0) && !open_segment(now))
-		return;		/* the disk is full to the end; the exit record has the total */
-	put_record(KIND_END, 0, now, 0);
+	if (out.data >= 0 || open_segment(real_ns) == 0)
+		put_record(out.offset, real_ns, END, 0, 0);
 }
 
 uint64_t log_offset(void)

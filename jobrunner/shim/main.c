@@ -5,161 +5,158 @@
  *
  *   server ── launcher ── shim ── init (pid 1 of the job) ── command
  *
- * One program, four processes, each forked from the one before; only the command is another program.
+ * One program, four processes, each made by the one before; only the command is another program.
  *
- * The launcher is the server's child for a few milliseconds. It reads the item list from its standard input, opens what can be
- * refused early, makes the shim and waits for one line from it, which it hands on. It leaves at once when the job was started, and
- * after the shim when it was not: a start that failed leaves no process.
+ * The launcher (this file) is the server's child for a few milliseconds. It reads the item list from its standard input, opens all
+ * that can be refused early, makes the shim, and hands on one line. It leaves at once when the job was started, and after the shim
+ * when it was not: a start that failed leaves no process.
  *
- * The shim is the job's only supervisor and outlives the server. It holds nothing of the server's: no descriptor, no controlling
- * terminal, no cgroup. It copies the job's output into the log, is told what to do through the FIFO `ctl`, and alone signals: by
- * a pidfd, so that no pid number can come to mean somebody else.
+ * The shim (shim.c, supervise.c, copy.c, ctl.c) is the job's only supervisor and outlives the server, of which it holds nothing: no
+ * descriptor, no terminal, no cgroup. It copies the job's output into the log (log.c), is told through the FIFO `ctl`, and alone
+ * signals, by a pidfd, so that no number can come to mean somebody else.
  *
- * init is pid 1 of the job's PID namespace: when it is gone, so is every process in there, and the kernel has waited for them. It dies
- * with the shim (PR_SET_PDEATHSIG). It reaps, passes on signals that the shim asks for, and reports the command's wait status.
+ * init (init.c, isolate.c) is pid 1 of the job's PID namespace: when it is gone so is every process in there, and the kernel has
+ * waited for them. It dies with the shim. It reaps, passes on the one signal that the shim asks for, and tells the command's end.
  *
  * Pipes
- *   report   shim -> launcher    one line: started, or failed STEP ERRNO DETAIL
- *   birth    init, command -> shim    one line in the same form; end-of-file after `ready`, which execve(2) makes by close-on-exec
- *   channel  shim <-> init       a socket pair of struct message
- *   stdout, stderr   job -> shim
- *   ctl      server -> shim      a FIFO; the shim holds its only reading end, so ENXIO and POLLERR tell of its death
+ *   answer    shim -> launcher            struct report: STARTED or FAILED
+ *   report    init, command -> shim       struct report: READY or FAILED; its end-of-file after READY is execve's close-on-exec
+ *   channel   shim <-> init               socket pair of struct message; its hang-up tells each of the other's death
+ *   output    job -> shim                 stdout and stderr, or one pipe for both
+ *   ctl       server -> shim              FIFO; the shim has its only reading end, so ENXIO and POLLERR tell of its death
  *
- * Order
- *   1. launcher: list parsed, directory and cgroups opened      nothing exists yet: failure is an answer
- *   2. shim: in its cgroups; `ctl` renamed into place without replacing; whoever makes `ctl` owns the start (recovery may be first)
- *   3. shim: log, pipes; init born into the job's cgroups, or entering them before its first other act
- *   4. init: namespaces finished; command forked: limits, directory, READY, execve
- *   5. shim, meanwhile: exit record allocated and synced, so that a full disk cannot lose it
- *   6. shim: READY and end-of-file read: `started` is reported
- * From 6 on failure may no longer exit: whatever goes wrong (a full disk, a lost server, a broken ctl), the shim goes on until
- * init is gone, and tells in the exit record what it knows.
+ * Order, and who may still fail
+ *   1. launcher: list parsed; directory, cgroups, counters opened            nothing exists yet
+ *   2. shim: enters its cgroups; `ctl` gets its name without replacing       whoever makes `ctl` owns the start; a server that
+ *      (EEXIST: it is somebody else's, nothing in the directory is touched)  recovers may have been first
+ *   3. shim: first segment of the log, pipes; init is born in the job's cgroups, or enters them before anything else
+ *   4. init: namespaces finished       shim, meanwhile: exit record allocated and synced, so that a full disk cannot lose it
+ *   5. shim: GO                        until here nothing of the job has run
+ *   6. init: makes the command: descriptors, limits, directory, READY, execve
+ *   7. shim: READY and end-of-file heard, STARTED is told
+ * From 7 on failure may no longer exit: whatever goes wrong (full disk, no server, no launcher to tell), the shim goes on until
+ * init is gone, and records what it knows.
  *
- * End: init is gone -> pipes read until they are empty -> counters -> log synced -> exit record, synced -> END in the log -> exit.
+ * The end: init is gone -> what is left in the pipes -> counters -> log synced -> exit record, synced -> END in the log -> exit.
+ * If the shim is killed, init dies of it, and the directory says so: `ctl` without a reader and a record that says `running`.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "shim.h"
+#include "jobrunner.h"
 
-#define MAX_LIST (4 << 20)
-
-/* Failing here is an answer to the server. */
-static _Noreturn void refuse(const struct failure *failure)
-{
-	say_failure(STDOUT_FILENO, failure);
-	_exit(1);
-}
-
-static char *read_list(size_t *size, struct failure *failure)
-{
-	struct stat st;
-	if (fstat(STDIN_FILENO, &st) != 0 || st.st_size <= 0 || st.st_size > MAX_LIST) {
-		fail(failure, "args", 0, "standard input is no item list");
-		return NULL;
-	}
-	*size = (size_t)st.st_size;
-	/* Private and writable, so that the parser may cut strings; its own copy, so that nobody changes it meanwhile. */
-	char *list = mmap(NULL, *size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (list == MAP_FAILED) {
-		fail(failure, "args", errno, "");
-		return NULL;
-	}
-	for (size_t done = 0; done < *size;) {
-		ssize_t n = pread(STDIN_FILENO, list + done, *size - done, (off_t)done);
-		if (n <= 0) {
-			fail(failure, "args", n < 0 ? errno : 0, "standard input is no item list");
-			return NULL;
-		}
-		done += (size_t)n;
-	}
-	return list;
-}
-
-static int open_place(const char *path, int flags, const char *step, struct failure *failure)
-{
-	int fd = open(path, flags | O_CLOEXEC);
-	if (fd < 0)
-		fail(failure, step, errno, path);
-	return fd;
-}
-
-static void open_places(const struct plan *plan, struct places *places, struct failure *failure)
-{
-	places->dir = open_place(plan->dir, O_RDONLY | O_DIRECTORY, "args", failure);
-	places->cgroup2_shim = places->cgroup2_job = -1;
-	if (plan->cgroup2_shim)
-		places->cgroup2_shim = open_place(plan->cgroup2_shim, O_RDONLY | O_DIRECTORY, "cgroup", failure);
-	if (plan->cgroup2_job)
-		places->cgroup2_job = open_place(plan->cgroup2_job, O_RDONLY | O_DIRECTORY, "cgroup", failure);
-	for (int i = 0; i < plan->n_cgroup1_shim; i++)
-		places->cgroup1_shim[i] = open_place(plan->cgroup1_shim[i], O_WRONLY, "cgroup", failure);
-	for (int i = 0; i < plan->n_cgroup1_job; i++)
-		places->cgroup1_job[i] = open_place(plan->cgroup1_job[i], O_WRONLY, "cgroup", failure);
-}
-
-/* Standard descriptors that are closed would be given to the next file opened. */
+/* Standard descriptors that are closed would be given to the next file that is opened. */
 static void fill_standard_descriptors(void)
 {
 	int fd;
 	do
-		fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+		fd = open("/dev/null", O_RDWR);
 	while (fd >= 0 && fd <= STDERR_FILENO);
-	if (fd > STDERR_FILENO)
-		close(fd);
+	close_from(STDERR_FILENO + 1);
+}
+
+static int open_at(int dir, const char *path, int flags, const char *step, struct report *why)
+{
+	int fd = openat(dir, path, flags | O_CLOEXEC);
+	if (fd < 0)
+		fail(why, step, errno, path);
+	return fd;
+}
+
+/* The v1 memory.oom_control, and beside it the file that events are asked for in. */
+static void open_oom_control(const char *path, struct places *places, struct report *why)
+{
+	char control[4096];
+	snprintf(control, sizeof control, "%.*s/cgroup.event_control", (int)(strrchr(path, '/') - path), path);
+	places->oom_control = open_at(AT_FDCWD, path, O_RDONLY, "cgroup", why);
+	places->event_control = open_at(AT_FDCWD, control, O_WRONLY, "cgroup", why);
+}
+
+static int open_places(const struct plan *plan, struct places *places, struct report *why)
+{
+	const int directory = O_RDONLY | O_DIRECTORY;
+	places->null = open_at(AT_FDCWD, "/dev/null", O_RDWR, "pipe", why);
+	places->dir = open_at(AT_FDCWD, plan->dir, directory, "args", why);
+	if (places->dir >= 0)
+		places->log = open_at(places->dir, "log", directory, "log", why);
+	places->cgroup2_shim = places->cgroup2_job = places->oom_control = places->event_control = -1;
+	if (plan->cgroup2_shim)
+		places->cgroup2_shim = open_at(AT_FDCWD, plan->cgroup2_shim, directory, "cgroup", why);
+	if (plan->cgroup2_job)
+		places->cgroup2_job = open_at(AT_FDCWD, plan->cgroup2_job, directory, "cgroup", why);
+	for (int i = 0; i < plan->n_cgroup1_shim; i++)
+		places->cgroup1_shim[i] = open_at(AT_FDCWD, plan->cgroup1_shim[i], O_WRONLY, "cgroup", why);
+	for (int i = 0; i < plan->n_cgroup1_job; i++)
+		places->cgroup1_job[i] = open_at(AT_FDCWD, plan->cgroup1_job[i], O_WRONLY, "cgroup", why);
+	if (plan->oom_control)
+		open_oom_control(plan->oom_control, places, why);
+	return why->kind == REPORT_FAILED ? -1 : 0;
+}
+
+static int wait_for(int pidfd)
+{
+	siginfo_t info = {0};
+	while (waitid(P_PIDFD, (id_t)pidfd, &info, WEXITED) != 0 && errno == EINTR)
+		;
+	return info.si_code == CLD_EXITED ? 0 : info.si_status;
+}
+
+/* 0 if the job was started. */
+static int launch(struct plan *plan, const struct places *places, struct report *why)
+{
+	int answer[2], shim = -1;
+	if (pipe2(answer, O_CLOEXEC) != 0)
+		return fail(why, "pipe", errno, "");
+	pid_t pid = spawn(0, places->cgroup2_shim, &shim);
+	if (pid == 0) {
+		close(answer[0]);
+		close(shim);
+		shim_main(plan, places, answer[1]);
+	}
+	if (pid < 0)
+		return fail(why, "clone", errno, "shim");
+	close(answer[1]);
+	struct report heard = {0};
+	if (hear(answer[0], &heard) && heard.kind == REPORT_STARTED)
+		return 0;
+	int signal = wait_for(shim);
+	if (heard.kind == REPORT_FAILED)
+		return fail(why, heard.step, heard.error, heard.detail);
+	snprintf(heard.detail, sizeof heard.detail, "the job's shim died of signal %d", signal);
+	return fail(why, "init", 0, heard.detail);
+}
+
+/* One line, whatever a path in it contains. A server that is gone is no reason to do anything about the job. */
+static int tell(const struct report *why)
+{
+	char line[sizeof *why + 64] = "started\n";
+	if (why->kind == REPORT_FAILED) {
+		int length = snprintf(line, sizeof line, "failed %s %d %s", why->step, why->error, why->detail);
+		for (char *at = line; *at; at++)
+			if ((unsigned char)*at < ' ' || *at == 0x7f)
+				*at = '?';
+		line[length] = '\n';
+		line[length + 1] = '\0';
+	}
+	write_all(STDOUT_FILENO, line, strlen(line));
+	return why->kind == REPORT_FAILED ? 1 : 0;
 }
 
 int main(void)
 {
 	static struct plan plan;
 	static struct places places;
-	struct failure failure = {0};
-	size_t size = 0;
+	struct report why = {0};
 
 	signal(SIGPIPE, SIG_IGN);
 	fill_standard_descriptors();
-	close_above(STDERR_FILENO + 1);
-	char *list = read_list(&size, &failure);
-	if (!list || parse_plan(list, size, &plan, &failure) != 0)
-		refuse(&failure);
-	open_places(&plan, &places, &failure);
-	if (failure.step[0])
-		refuse(&failure);
-
-	int report[2];
-	if (pipe2(report, O_CLOEXEC) != 0) {
-		fail(&failure, "pipe", errno, "");
-		refuse(&failure);
-	}
-	pid_t shim = birth_of(0, places.cgroup2_shim, NULL);
-	if (shim == 0) {
-		close(report[0]);
-		shim_main(&plan, &places, report[1], list, size);
-	}
-	if (shim < 0) {
-		fail(&failure, "clone", errno, "shim");
-		refuse(&failure);
-	}
-	close(report[1]);
-
-	char line[256];
-	size_t length = 0;
-	ssize_t n;
-	while ((n = read(report[0], line + length, sizeof line - length)) > 0 || (n < 0 && errno == EINTR))
-		length += n > 0 ? (size_t)n : 0;
-	bool started = length == 8 && memcmp(line, "started\n", 8) == 0;
-	if (!started)
-		waitpid(shim, NULL, 0);
-	if (length)
-		write_all(STDOUT_FILENO, line, length);
-	_exit(started ? 0 : 1);
+	if (plan_read(STDIN_FILENO, &plan, &why) == 0 && open_places(&plan, &places, &why) == 0 && counters_open(&plan, &why) == 0)
+		launch(&plan, &places, &why);
+	_exit(tell(&why));
 }

@@ -2,44 +2,33 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/sched.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
-#include "shim.h"
+#include "jobrunner.h"
 
-/* Keep the first failure; later ones follow from it. */
-bool fail(struct failure *failure, const char *step, int error, const char *detail)
+char scratch[SCRATCH_SIZE];
+
+int64_t now_ns(clockid_t clock)
 {
-	if (!failure->step[0]) {
-		snprintf(failure->step, sizeof failure->step, "%s", step);
-		snprintf(failure->detail, sizeof failure->detail, "%s", detail);
-		failure->error = error;
+	struct timespec ts;
+	clock_gettime(clock, &ts);
+	return (int64_t)ts.tv_sec * 1000 * MS + ts.tv_nsec;
+}
+
+/* Always -1. Only the first failure is kept: what fails after it follows from it. */
+int fail(struct report *why, const char *step, int error, const char *detail)
+{
+	if (why->kind != REPORT_FAILED) {
+		*why = (struct report){.kind = REPORT_FAILED, .error = error};
+		snprintf(why->step, sizeof why->step, "%s", step);
+		snprintf(why->detail, sizeof why->detail, "%s", detail);
 	}
-	return false;
-}
-
-void say_failure(int fd, const struct failure *failure)
-{
-	char line[224];
-	int size = snprintf(line, sizeof line, "failed %s %d %s\n", failure->step, failure->error, failure->detail);
-	for (char *at = line; at < line + size - 1; at++)
-		if (*at == '\n')
-			*at = ' ';
-	write_all(fd, line, (size_t)size);
-}
-
-_Noreturn void report_failure(int fd, const char *step, int error, const char *detail)
-{
-	struct failure failure = {0};
-	fail(&failure, step, error, detail);
-	say_failure(fd, &failure);
-	_exit(127);
+	return -1;
 }
 
 bool write_all(int fd, const void *data, size_t size)
@@ -57,50 +46,62 @@ bool write_all(int fd, const void *data, size_t size)
 	return true;
 }
 
-int64_t now_ns(int clock)
+bool say(int fd, const struct report *report)
 {
-	struct timespec ts;
-	clock_gettime(clock, &ts);
-	return (int64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
+	return write_all(fd, report, sizeof *report);
 }
 
-/* fork(2) into namespaces and a cgroup v2 directory (-1: none) in one step; the child is never anywhere else (clone3(2)). */
-pid_t birth_of(uint64_t flags, int cgroup, int *pidfd)
+/* The next report; false at end-of-file. */
+bool hear(int fd, struct report *report)
 {
-	struct clone_args args = {.flags = flags, .exit_signal = SIGCHLD};
-	if (pidfd) {
-		args.flags |= CLONE_PIDFD;
-		args.pidfd = (uint64_t)(uintptr_t)pidfd;
-	}
-	if (cgroup >= 0) {
+	ssize_t n;
+	do
+		n = read(fd, report, sizeof *report);
+	while (n < 0 && errno == EINTR);
+	return n == (ssize_t)sizeof *report;
+}
+
+/*
+ * A child in new namespaces and in a cgroup v2 directory (-1: the parent's) from its first instruction on (clone3(2)). Without
+ * CLONE_VM this is fork(2) by another name; called directly because libc has no such call.
+ */
+pid_t spawn(uint64_t flags, int cgroup2, int *pidfd)
+{
+	struct clone_args args = {.flags = flags | CLONE_PIDFD, .exit_signal = SIGCHLD, .pidfd = (uint64_t)(uintptr_t)pidfd};
+	if (cgroup2 >= 0) {
 		args.flags |= CLONE_INTO_CGROUP;
-		args.cgroup = (uint64_t)cgroup;
+		args.cgroup = (uint64_t)cgroup2;
 	}
 	return (pid_t)syscall(SYS_clone3, &args, sizeof args);
 }
 
-/* Writing 0 to `tasks` moves the calling thread and takes no RCU grace period, unlike a pid written to cgroup.procs. */
-int enter_cgroups(const int *tasks, int count)
+/* `0` in a v1 `tasks` file moves the writer itself and waits for no RCU grace period, as a pid in cgroup.procs would. */
+int enter_cgroups(const int *tasks, char const *const *paths, int count, struct report *why)
 {
 	for (int i = 0; i < count; i++)
 		if (write(tasks[i], "0", 1) != 1)
-			return i;
-	return -1;
+			return fail(why, "cgroup", errno, paths[i]);
+	return 0;
+}
+
+int send_signal(int pidfd, int signal)
+{
+	return (int)syscall(SYS_pidfd_send_signal, pidfd, signal, NULL, 0);
 }
 
 /*
- * Give back the pages of the program that only the birth needed: they are clean and the file's, so whatever is called again is mapped
- * again from the page cache. Of half a megabyte, this leaves a loop's few pages, for as long as the job runs.
+ * Give back the pages of the program that only the birth needed. They are the file's and clean: what is called again comes from the
+ * page cache. It leaves a loop's few pages of half a megabyte, for as long as the job runs.
  */
 void forget_birth(void)
 {
 	extern char __executable_start, etext;
 	uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-	uintptr_t first = ((uintptr_t)&__executable_start + page - 1) & ~(page - 1), end = (uintptr_t)&etext & ~(page - 1);
+	uintptr_t first = ((uintptr_t)&__executable_start + page - 1) & -page, end = (uintptr_t)&etext & -page;
 	madvise((void *)first, end - first, MADV_DONTNEED);
 }
 
-void close_above(unsigned int first)
+void close_from(unsigned int first)
 {
 	syscall(SYS_close_range, first, ~0U, 0);
 }

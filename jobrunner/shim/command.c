@@ -1,0 +1,83 @@
+/*
+ * The last steps before the command: this process is its, and everything here happens with the job's limits and namespaces around
+ * it. What it inherits is exactly what is said here.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "jobrunner.h"
+
+#define SIGNALS 64		/* of the kernel; libc keeps some from its own sigaction */
+
+/* No signal is blocked or ignored, as a shell would have it. */
+static void reset_signals(void)
+{
+	const char usual[64] = {0};		/* SIG_DFL, no flags, no mask, in every architecture's struct */
+	sigset_t none;
+	for (int signal = 1; signal <= SIGNALS; signal++)
+		syscall(SYS_rt_sigaction, signal, usual, NULL, SIGNALS / 8);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+static int set_limits(int64_t open_files, struct report *why)
+{
+	const struct rlimit none = {0, 0}, files = {(rlim_t)open_files, (rlim_t)open_files};
+	setrlimit(RLIMIT_CORE, &none);
+	if (open_files >= 0 && setrlimit(RLIMIT_NOFILE, &files) != 0)
+		return fail(why, "rlimit", errno, "open-files");
+	/* When the host is out of memory a job goes before the host's own. Where this may not be set, the host's order holds. */
+	int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+	if (fd >= 0) {
+		write_all(fd, "500", 3);
+		close(fd);
+	}
+	return 0;
+}
+
+/* Everything above 2 is closed by execve, `report` too, and not before: until then it can still tell a failure. */
+static int set_descriptors(const struct birth *birth, struct report *why)
+{
+	if (dup2(birth->places->null, STDIN_FILENO) < 0 || dup2(birth->output[0], STDOUT_FILENO) < 0 ||
+	    dup2(birth->output[1], STDERR_FILENO) < 0)
+		return fail(why, "pipe", errno, "");
+	syscall(SYS_close_range, STDERR_FILENO + 1U, ~0U, 1U << 2 /* CLOSE_RANGE_CLOEXEC */);
+	return 0;
+}
+
+static int prepare(const struct birth *birth, struct report *why)
+{
+	const struct plan *plan = birth->plan;
+	prctl(PR_SET_NAME, "jobrunner-exec");
+	setsid();
+	umask(022);
+	if (set_descriptors(birth, why) != 0 || set_limits(plan->open_files, why) != 0)
+		return -1;
+	if (chdir(plan->cwd) != 0)
+		return fail(why, "cwd", errno, plan->cwd);
+	/* Seam: keyring, uid and gid, capabilities, no_new_privs, seccomp, in this order, here. */
+	reset_signals();
+	return 0;
+}
+
+_Noreturn void command_main(const struct birth *birth)
+{
+	struct report why = {0}, ready = {.kind = REPORT_READY};
+	if (prepare(birth, &why) == 0) {
+		environ = birth->plan->env;	/* execvp(3) searches the PATH of the job, not of the server */
+		if (!say(birth->report, &ready))
+			_exit(127);
+		execvp(birth->plan->argv[0], birth->plan->argv);
+		fail(&why, "exec", errno, "");
+	}
+	say(birth->report, &why);
+	_exit(127);
+}

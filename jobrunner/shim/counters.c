@@ -1,0 +1,103 @@
+/*
+ * Counters of the job's cgroups (docs/formats.md, Counters). Their files are opened before the job exists and read when it is gone.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "jobrunner.h"
+
+static const char *const NAMES[N_COUNTERS] = {
+	[CPU_USER] = "cpu_user_ns", [CPU_SYSTEM] = "cpu_system_ns", [MEMORY_PEAK] = "memory_peak", [PIDS_PEAK] = "pids_peak",
+	[READ_BYTES] = "read_bytes", [WRITE_BYTES] = "write_bytes", [READ_OPS] = "read_ops", [WRITE_OPS] = "write_ops",
+	[THROTTLED] = "throttled_ns", [OOM_KILLS] = "oom_kills",
+};
+static const char SEPARATORS[] = " \t\n=";
+
+static struct source {
+	int counter, fd;
+	uint64_t scale;
+	char key[32];
+} sources[MAX_COUNTERS];
+static int n_sources;
+
+static int counter_named(const char *name, size_t length)
+{
+	for (int i = 0; i < N_COUNTERS; i++)
+		if (strlen(NAMES[i]) == length && memcmp(NAMES[i], name, length) == 0)
+			return i;
+	return -1;
+}
+
+/* `FIELD SCALE KEY PATH`. A file that is not there is not an error: this host does not count it. */
+static bool open_source(const char *item, struct source *source)
+{
+	size_t name = strcspn(item, " ");
+	source->counter = counter_named(item, name);
+	if (source->counter < 0 || item[name] != ' ' || item[name + 1] < '0' || item[name + 1] > '9')
+		return false;
+	char *at;
+	errno = 0;
+	source->scale = strtoull(item + name + 1, &at, 10);
+	if (errno || *at++ != ' ')
+		return false;
+	size_t key = strcspn(at, " ");
+	if (!key || key >= sizeof source->key || at[key] != ' ' || at[key + 1] != '/')
+		return false;
+	memcpy(source->key, at, key);
+	source->fd = open(at + key + 1, O_RDONLY | O_CLOEXEC);
+	return true;
+}
+
+int counters_open(const struct plan *plan, struct report *why)
+{
+	for (; n_sources < plan->n_counters; n_sources++)
+		if (!open_source(plan->counters[n_sources], &sources[n_sources]))
+			return fail(why, "args", EINVAL, "bad value of counter");
+	return 0;
+}
+
+/* The whole file in `scratch`, as text; false if it cannot be read. */
+static bool read_text(int fd)
+{
+	size_t size = 0;
+	ssize_t n;
+	while ((n = pread(fd, scratch + size, sizeof scratch - 1 - size, (off_t)size)) > 0)
+		size += (size_t)n;
+	scratch[size] = '\0';
+	return n == 0 && size > 0;
+}
+
+/* The first word, or the sum of all that follow a word `key`; UNKNOWN if there is none that is a number. */
+static uint64_t find_value(const char *key)
+{
+	uint64_t sum = UNKNOWN;
+	bool first = strcmp(key, "-") == 0, wanted = first;
+	for (char *save, *word = strtok_r(scratch, SEPARATORS, &save); word; word = strtok_r(NULL, SEPARATORS, &save)) {
+		char *end;
+		uint64_t number = strtoull(word, &end, 10);
+		if (wanted && *word >= '0' && *word <= '9' && !*end)
+			sum = (sum == UNKNOWN ? 0 : sum) + number;
+		if (first)
+			break;
+		wanted = strcmp(word, key) == 0;
+	}
+	return sum;
+}
+
+/* All counters as they are now; UNKNOWN where the host does not tell. */
+void counters_read(uint64_t counters[N_COUNTERS])
+{
+	for (int i = 0; i < N_COUNTERS; i++)
+		counters[i] = UNKNOWN;
+	for (int i = 0; i < n_sources; i++) {
+		if (sources[i].fd < 0 || !read_text(sources[i].fd))
+			continue;
+		uint64_t value = find_value(sources[i].key);
+		if (value != UNKNOWN)
+			counters[sources[i].counter] = value * sources[i].scale;
+	}
+}

@@ -1,0 +1,59 @@
+/*
+ * The job's namespaces, finished from within by init. Seam: whatever else a job sees of the host (its root, its devices, its
+ * network) is decided here, between the private mounts and the command.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <net/if.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "jobrunner.h"
+
+static int isolate_mounts(struct report *why)
+{
+	/* First: nothing that is mounted from here on may reach the host, and nothing of the host's may reach the job later. */
+	if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0)
+		return fail(why, "mount", errno, "/");
+	/* A proc of the new PID namespace: the host's would show the host's processes. */
+	if (mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) != 0)
+		return fail(why, "mount", errno, "/proc");
+	return 0;
+}
+
+/* The only interface that a new network namespace has, down at first (network_namespaces(7), netdevice(7)). */
+static int bring_up_loopback(struct report *why)
+{
+	struct ifreq lo = {.ifr_name = "lo"};
+	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), error = 0;
+	if (fd < 0 || ioctl(fd, SIOCGIFFLAGS, &lo) != 0)
+		error = errno;
+	lo.ifr_flags |= IFF_UP;
+	if (!error && ioctl(fd, SIOCSIFFLAGS, &lo) != 0)
+		error = errno;
+	if (fd >= 0)
+		close(fd);
+	return error ? fail(why, "network", error, "lo") : 0;
+}
+
+int isolate(const struct birth *birth, struct report *why)
+{
+	const struct plan *plan = birth->plan;
+	/* Before anything else: nothing that the job could cause runs outside its limits. */
+	if (enter_cgroups(birth->places->cgroup1_job, plan->cgroup1_job, plan->n_cgroup1_job, why) != 0)
+		return -1;
+	/* Order: after entering, because a cgroup namespace is rooted where its maker is (cgroup_namespaces(7)). */
+	if (unshare(CLONE_NEWCGROUP) != 0)
+		return fail(why, "clone", errno, "cgroup namespace");
+	if (chdir("/") != 0)
+		return fail(why, "mount", errno, "/");
+	if (isolate_mounts(why) != 0)
+		return -1;
+	if (sethostname(plan->hostname, strlen(plan->hostname)) != 0)
+		return fail(why, "hostname", errno, plan->hostname);
+	return bring_up_loopback(why);
+}

@@ -1,0 +1,171 @@
+/*
+ * What the files of the helper share; main.c has the theory of operation.
+ *
+ * Times are nanoseconds of CLOCK_BOOTTIME, which runs on while the host sleeps, unless a name says `real`. Functions that can make a
+ * start fail return 0, or -1 with the step and its errno in a struct report; the first failure is the one that is told.
+ */
+#ifndef JOBRUNNER_H
+#define JOBRUNNER_H
+
+#include <poll.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+#include <time.h>
+
+#define MAX_CGROUPS 16
+#define MAX_COUNTERS 32
+#define MAX_LIST (4u << 20)
+#define MS INT64_C(1000000)
+#define NEVER INT64_MAX
+#define SCRATCH_SIZE (64u << 10)
+
+/* ---- items.c: item lists */
+
+/* A launch list. Strings point into the list; -1 is a number that was not given. */
+struct plan {
+	const char *dir, *cgroup2_shim, *cgroup2_job, *oom_control, *hostname, *cwd;
+	const char *cgroup1_shim[MAX_CGROUPS], *cgroup1_job[MAX_CGROUPS], *counters[MAX_COUNTERS];
+	int n_cgroup1_shim, n_cgroup1_job, n_counters;
+	int64_t merge, stop_signal, grace_ms, timeout_ms, idle_timeout_ms, segment_bytes, open_files;
+	char **argv, **env;
+	void *list, *vectors;		/* the memory behind all of it: */
+	size_t list_size, vectors_size;
+};
+
+enum cause {
+	CAUSE_NONE, CAUSE_OWN_END, CAUSE_STOPPED, CAUSE_DEADLINE, CAUSE_IDLE_TIMEOUT, CAUSE_OUTPUT_LIMIT, CAUSE_SHUTDOWN,
+	CAUSE_OOM_KILLED, CAUSE_LOST
+};
+
+struct stop {
+	enum cause cause;
+	int64_t signal, grace_ms;
+};
+
+struct report;
+int plan_read(int fd, struct plan *plan, struct report *why);
+void plan_free(struct plan *plan);
+bool stop_parse(char *list, size_t size, struct stop *stop);
+
+/* ---- util.c */
+
+enum report_kind { REPORT_NONE, REPORT_READY, REPORT_STARTED, REPORT_FAILED };
+
+/* What init and the command tell the shim, and the shim the launcher. Shorter than PIPE_BUF, so a pipe keeps it whole (pipe(7)). */
+struct report {
+	uint32_t kind;
+	int32_t error;		/* errno(3), 0 if no system call failed */
+	char step[16];
+	char detail[232];
+};
+
+extern char scratch[SCRATCH_SIZE];	/* for whoever fills and empties it within one call */
+
+int64_t now_ns(clockid_t clock);
+int fail(struct report *why, const char *step, int error, const char *detail);
+bool say(int fd, const struct report *report);
+bool hear(int fd, struct report *report);
+bool write_all(int fd, const void *data, size_t size);
+pid_t spawn(uint64_t flags, int cgroup2, int *pidfd);
+int enter_cgroups(const int *tasks, char const *const *paths, int count, struct report *why);
+int send_signal(int pidfd, int signal);
+void close_from(unsigned int first);
+void forget_birth(void);
+
+/* ---- exit.c: the exit record, docs/formats.md. Every field is naturally aligned, so this is its layout. */
+
+enum exit_state { STATE_RUNNING = 1, STATE_ENDED, STATE_FAILED };
+enum counter {
+	CPU_USER, CPU_SYSTEM, MEMORY_PEAK, PIDS_PEAK, READ_BYTES, WRITE_BYTES, READ_OPS, WRITE_OPS, THROTTLED, OOM_KILLS, N_COUNTERS
+};
+#define UNKNOWN UINT64_MAX
+
+struct exit_record {
+	char magic[6];
+	uint16_t version;
+	uint32_t state, cause;
+	int32_t wait_status, error;
+	char step[16];
+	int64_t started_real_ns, ended_real_ns;
+	uint64_t wall_ns, log_end, lost;
+	uint64_t counters[N_COUNTERS];
+	uint8_t zero[348];
+	uint32_t checksum;
+};
+_Static_assert(sizeof(struct exit_record) == 512 && offsetof(struct exit_record, counters) == 80, "docs/formats.md, Exit record");
+
+int exit_prepare(int dir, struct exit_record *record, struct report *why);
+void exit_finish(int dir, struct exit_record *record);
+
+/* ---- counters.c */
+
+int counters_open(const struct plan *plan, struct report *why);
+void counters_read(uint64_t counters[N_COUNTERS]);
+
+/* ---- log.c: the log as it is written */
+
+enum stream { STREAM_STDOUT = 1, STREAM_STDERR };
+
+int log_open(int dir, int64_t segment_bytes, struct report *why);
+void log_write(enum stream stream, const char *data, size_t size, int64_t real_ns);
+void log_sync(void);
+void log_end(int64_t real_ns);
+uint64_t log_offset(void);
+uint64_t log_lost(void);
+
+/* ---- the processes */
+
+/* What the launcher opens before anything is born: what can be refused is refused there. -1: none. */
+struct places {
+	int dir, log, null;
+	int cgroup2_shim, cgroup2_job, oom_control, event_control;
+	int cgroup1_shim[MAX_CGROUPS], cgroup1_job[MAX_CGROUPS];
+};
+
+/* One job as its shim sees it. */
+struct job {
+	struct plan *plan;
+	const struct places *places;
+	struct exit_record record;
+	int ctl, ctl_keeper, init, channel, oom;	/* FIFO and our own writing end of it, pidfd, socket, eventfd; -1: none */
+	int output[2];				/* reading ends of stdout and stderr, -1 once they are closed */
+	int64_t started, last_output;
+	int64_t deadline, idle_ns, kill_at, oom_until;
+	enum cause stop_cause;			/* asked for; whether it is why the job ended is decided at the end */
+	bool delivered, killed, exited, oom_kill;
+	int wait_status;			/* if `exited` */
+};
+
+/* What init needs of the shim's. */
+struct birth {
+	struct plan *plan;
+	const struct places *places;
+	int channel, report;			/* the socket to the shim; where failures and READY are written */
+	int output[2];				/* writing ends, both the same pipe if merged */
+};
+
+/* Between shim and init, over `channel`. */
+struct message {
+	uint32_t kind;
+	int32_t value;
+};
+enum { SAY_GO = 1, SAY_SIGNAL, SAY_DELIVERED, SAY_EXITED };
+
+_Noreturn void shim_main(struct plan *plan, const struct places *places, int answer);	/* shim.c */
+void supervise(struct job *job);							/* supervise.c */
+void decide(struct job *job);
+void kill_init(struct job *job);
+bool take_messages(struct job *job);
+void copy_watch(const struct job *job, int64_t now, struct pollfd out[2], int64_t *wake);	/* copy.c */
+void copy_ready(struct job *job, const struct pollfd out[2]);
+void copy_rest(struct job *job);
+int ctl_claim(struct job *job, struct report *why);					/* ctl.c */
+bool ctl_heard_stop(struct job *job);
+bool ctl_stop_file(const struct job *job, bool asked, struct stop *stop);
+_Noreturn void init_main(const struct birth *birth);					/* init.c */
+int isolate(const struct birth *birth, struct report *why);				/* isolate.c */
+_Noreturn void command_main(const struct birth *birth);					/* command.c */
+
+#endif

@@ -1,0 +1,165 @@
+/*
+ * The supervisor: one loop over descriptors and timers. What ends a job, and why, is decided here and nowhere else.
+ *
+ * From the report `started` on nothing here may exit: whatever fails, the loop goes on until init is gone.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "jobrunner.h"
+
+#define LONGEST_WAIT (60 * 1000 * MS)	/* ppoll's own clock stands still while the host sleeps, so a timer is looked at this often */
+#define OOM_COUNT_WAIT (20 * MS)
+
+enum { OUT, ERR, INIT, CHANNEL, CTL, OOM, N_WATCHED };
+
+/* The one way to end a job: with init goes everything in its PID namespace (pid_namespaces(7)). */
+void kill_init(struct job *job)
+{
+	job->killed = true;
+	job->kill_at = NEVER;
+	send_signal(job->init, SIGKILL);
+}
+
+/*
+ * The stop signal through init, and the kill after the grace period. Later requests, whatever their cause, change nothing but the
+ * time of the kill, and that only to an earlier one.
+ */
+static void begin_stop(struct job *job, enum cause cause, int64_t signal, int64_t grace_ms)
+{
+	int64_t kill_at = now_ns(CLOCK_BOOTTIME) + grace_ms * MS;
+	if (!job->killed && kill_at < job->kill_at)
+		job->kill_at = kill_at;
+	if (job->stop_cause != CAUSE_NONE)
+		return;
+	job->stop_cause = cause;
+	struct message message = {SAY_SIGNAL, (int32_t)signal};
+	if (grace_ms > 0)
+		send(job->channel, &message, sizeof message, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
+static void take_stop(struct job *job, bool asked)
+{
+	struct stop stop;
+	if (ctl_stop_file(job, asked, &stop))
+		begin_stop(job, stop.cause, stop.signal, stop.grace_ms);
+}
+
+/* What init says. False if it will say nothing more. */
+bool take_messages(struct job *job)
+{
+	struct message message;
+	ssize_t n;
+	while ((n = recv(job->channel, &message, sizeof message, MSG_DONTWAIT)) == (ssize_t)sizeof message) {
+		if (message.kind == SAY_DELIVERED)
+			job->delivered = true;
+		if (message.kind == SAY_EXITED) {
+			job->exited = true;
+			job->wait_status = message.value;
+		}
+	}
+	return n < 0 && errno == EAGAIN;
+}
+
+/*
+ * v1 has no memory.oom.group: the kernel's eventfd tells that the job is out of memory, and we kill the rest of it. The event comes
+ * a moment before the kernel's own kill is counted, and the count is worth waiting for, but not for long: a job that got memory
+ * in the end would not be counted at all.
+ */
+static void take_oom(struct job *job)
+{
+	uint64_t count;
+	if (read(job->oom, &count, sizeof count) == (ssize_t)sizeof count && job->oom_until == NEVER)
+		job->oom_until = now_ns(CLOCK_BOOTTIME) + OOM_COUNT_WAIT;
+}
+
+static void check_oom(struct job *job, int64_t now)
+{
+	if (job->oom_until == NEVER || job->oom_kill)
+		return;
+	counters_read(job->record.counters);
+	uint64_t counted = job->record.counters[OOM_KILLS];
+	if (now >= job->oom_until || (counted != UNKNOWN && counted > 0)) {
+		job->oom_kill = true;
+		kill_init(job);
+	}
+}
+
+static void run_timers(struct job *job, int64_t now)
+{
+	if (now >= job->deadline) {
+		job->deadline = NEVER;
+		begin_stop(job, CAUSE_DEADLINE, job->plan->stop_signal, job->plan->grace_ms);
+	}
+	if (job->idle_ns != NEVER && now - job->last_output >= job->idle_ns) {
+		job->idle_ns = NEVER;
+		begin_stop(job, CAUSE_IDLE_TIMEOUT, job->plan->stop_signal, job->plan->grace_ms);
+	}
+	check_oom(job, now);
+	if (now >= job->kill_at)
+		kill_init(job);
+}
+
+static int64_t next_timer(const struct job *job, int64_t now)
+{
+	int64_t next = job->deadline < job->kill_at ? job->deadline : job->kill_at;
+	if (job->idle_ns != NEVER && job->last_output + job->idle_ns < next)
+		next = job->last_output + job->idle_ns;
+	if (job->oom_until != NEVER && !job->oom_kill && now + MS < next)
+		next = now + MS;
+	return next;
+}
+
+static void wait_for_something(struct job *job, struct pollfd watched[N_WATCHED])
+{
+	int64_t now = now_ns(CLOCK_BOOTTIME), wake = next_timer(job, now);
+	copy_watch(job, now, &watched[OUT], &wake);
+	const int fds[N_WATCHED] = {[INIT] = job->init, [CHANNEL] = job->channel, [CTL] = job->ctl, [OOM] = job->oom};
+	for (int i = INIT; i < N_WATCHED; i++)
+		watched[i] = (struct pollfd){.fd = fds[i], .events = POLLIN};
+	int64_t rest = wake <= now ? 0 : wake - now < LONGEST_WAIT ? wake - now : LONGEST_WAIT;
+	struct timespec timeout = {rest / (1000 * MS), rest % (1000 * MS)};
+	if (ppoll(watched, N_WATCHED, wake == NEVER ? NULL : &timeout, NULL) < 0)
+		for (int i = 0; i < N_WATCHED; i++)
+			watched[i].revents = 0;
+}
+
+/* Until init is gone. */
+void supervise(struct job *job)
+{
+	struct pollfd watched[N_WATCHED];
+	take_stop(job, false);		/* one that was asked for before `ctl` had its name */
+	do {
+		wait_for_something(job, watched);
+		run_timers(job, now_ns(CLOCK_BOOTTIME));
+		if (watched[CTL].revents && ctl_heard_stop(job))
+			take_stop(job, true);
+		if (watched[OOM].revents)
+			take_oom(job);
+		copy_ready(job, &watched[OUT]);
+		if (watched[CHANNEL].revents && !take_messages(job)) {
+			close(job->channel);	/* a hang-up would spin until the kernel has ended the namespace */
+			job->channel = -1;
+		}
+	} while (!watched[INIT].revents);
+}
+
+/*
+ * The truth about the end, from what was seen; after the counters were read for the last time.
+ *
+ * A stop is the reason only if its signal found the command alive, or if the kill came before the command's own end was told. A
+ * command that nobody saw ending was killed with init.
+ */
+void decide(struct job *job)
+{
+	struct exit_record *record = &job->record;
+	uint64_t counted = record->counters[OOM_KILLS];
+	bool stopped = job->stop_cause != CAUSE_NONE && (job->exited ? job->delivered : job->killed);
+	bool oom = (counted != UNKNOWN && counted > 0) || (job->oom_kill && !job->exited);
+	record->cause = stopped ? job->stop_cause : oom ? CAUSE_OOM_KILLED : job->exited ? CAUSE_OWN_END : CAUSE_LOST;
+	record->wait_status = job->exited ? job->wait_status : record->cause == CAUSE_LOST ? -1 : SIGKILL;
+}

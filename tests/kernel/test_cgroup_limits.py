@@ -56,7 +56,7 @@ async def finish(cgroup: JobCgroup) -> None:
 
 
 async def test_cpu_time_is_held_to_its_share(host: CgroupHost) -> None:
-    cgroup = host.create(JOB, Limits(cpus=0.25))
+    cgroup = host.create(JOB, Limits(cpus=0.1))  # so little that a host under load has it too
     began = time.monotonic()
     spinners = [start(cgroup, [sys.executable, "-c", SPIN, "2"]) for _ in range(2)]
     for spinner in spinners:
@@ -66,8 +66,8 @@ async def test_cpu_time_is_held_to_its_share(host: CgroupHost) -> None:
     assert usage.cpu_user is not None
     assert usage.cpu_system is not None
     assert usage.throttled is not None
-    assert 0.18 * wall < usage.cpu_user + usage.cpu_system < 0.30 * wall
-    assert usage.throttled > 0.5
+    assert 0.06 * wall < usage.cpu_user + usage.cpu_system < 0.13 * wall
+    assert usage.throttled > 0.2
     await finish(cgroup)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from jobrunner.errors import HostError
-from jobrunner.linux.mountinfo import cgroup_mounts, own_cgroups
+from jobrunner.linux.mountinfo import cgroup_mounts, cgroup_version, own_cgroups
 
 if TYPE_CHECKING:
     from jobrunner.job import Limits, Usage
@@ -83,13 +83,15 @@ class CgroupHost(Protocol):
 
 def detect(parent: str, base_name: str) -> CgroupHost:
     """The host's cgroup tree. `parent`: a path in every hierarchy, "" for this process's own cgroup. HostError if there is none."""
-    from jobrunner.linux.cgroup_v1 import CONTROLLERS, CgroupV1Host  # the implementations know the protocol, not the reverse
+    from jobrunner.linux.cgroup_v1 import CgroupV1Host  # the implementations know the protocol, not the reverse
     from jobrunner.linux.cgroup_v2 import CgroupV2Host
 
     mounts = cgroup_mounts()
     own = own_cgroups()
-    if any(name in mounts for name in CONTROLLERS):
-        return CgroupV1Host(mounts, own, parent, base_name)
-    if "" in mounts:
-        return CgroupV2Host(mounts[""], own.get("", "/"), parent, base_name)
-    raise HostError("cannot limit jobs: no cgroup file system is mounted; mount cgroup2 on /sys/fs/cgroup")
+    match cgroup_version(mounts):
+        case "":
+            raise HostError("cannot limit jobs: no cgroup file system is mounted; mount cgroup2 on /sys/fs/cgroup")
+        case "v2":
+            return CgroupV2Host(mounts[""], own.get("", "/"), parent, base_name)
+        case _:
+            return CgroupV1Host(mounts, own, parent, base_name)

@@ -16,11 +16,10 @@ from jobrunner.linux import kernfs
 from jobrunner.linux.counters import Counter, usage_of
 from jobrunner.linux.disk import Disk
 from jobrunner.linux.kernfs import Outcome, set_and_check, write_if_there
-from jobrunner.linux.mountinfo import CgroupMount
+from jobrunner.linux.mountinfo import CONTROLLERS, CgroupMount, cgroup_version
 
-__all__ = ["CONTROLLERS", "CgroupV1", "CgroupV1Host"]
+__all__ = ["CgroupV1", "CgroupV1Host"]
 
-CONTROLLERS = ("cpu", "cpuacct", "memory", "pids", "blkio")
 UNIFIED = "unified"
 PERIOD = 100_000
 """Microseconds: the kernel's default for cpu.cfs_period_us."""
@@ -126,7 +125,7 @@ class CgroupV1Host:
 
     def __init__(self, mounts: Mapping[str, CgroupMount], own: Mapping[str, str], parent: str, base_name: str) -> None:
         """Makes BASE. HostError if a hierarchy cannot be written to."""
-        self.version = "hybrid" if "" in mounts else "v1"
+        self.version = cgroup_version(mounts)
         names = {name: name for name in CONTROLLERS} | {UNIFIED: ""}
         self._jobs = {
             name: Path(mounts[key].directory(parent or own.get(key, "/"))) / base_name / "jobs"

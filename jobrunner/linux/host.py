@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobrunner.linux.mountinfo import cgroup_mounts, cgroup_version
+
 __all__ = ["HostFacts", "host_facts"]
 
 
@@ -23,6 +25,8 @@ class HostFacts:
     """Bytes of RAM."""
     swap: int
     """Bytes."""
+    cgroup_version: str
+    """`v1`, `hybrid`, `v2`, or empty where there is none."""
 
 
 def host_facts() -> HostFacts:
@@ -30,4 +34,6 @@ def host_facts() -> HostFacts:
     name = os.uname()
     words = {line.split(":")[0]: line.split() for line in Path("/proc/meminfo").read_text().splitlines()}
     memory, swap = (int(words[key][1]) * 1024 for key in ("MemTotal", "SwapTotal"))
-    return HostFacts(name.nodename, name.release, name.machine, len(os.sched_getaffinity(0)), memory, swap)
+    return HostFacts(
+        name.nodename, name.release, name.machine, len(os.sched_getaffinity(0)), memory, swap, cgroup_version(cgroup_mounts())
+    )

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CgroupMount", "Mount", "cgroup_mounts", "mount_of", "own_cgroups", "parse_mountinfo", "read_mountinfo"]
+__all__ = [
+    "CONTROLLERS",
+    "CgroupMount",
+    "Mount",
+    "cgroup_mounts",
+    "cgroup_version",
+    "mount_of",
+    "own_cgroups",
+    "parse_mountinfo",
+    "read_mountinfo",
+]
 
+CONTROLLERS = ("cpu", "cpuacct", "memory", "pids", "blkio")
+"""Of v1, those that jobs use."""
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
@@ -82,6 +95,13 @@ def cgroup_mounts(mounts: list[Mount] | None = None) -> dict[str, CgroupMount]:
             for name in mount.options if mount.fstype == "cgroup" else ("",):
                 found.setdefault(name, CgroupMount(mount.point, mount.root))
     return found
+
+
+def cgroup_version(mounts: Mapping[str, CgroupMount]) -> str:
+    """`v1`, `hybrid` (v1 controllers, and a v2 tree beside them), `v2`, or "" where no cgroup file system is mounted."""
+    if any(name in mounts for name in CONTROLLERS):
+        return "hybrid" if "" in mounts else "v1"
+    return "v2" if "" in mounts else ""
 
 
 def own_cgroups(raw: str | None = None) -> dict[str, str]:

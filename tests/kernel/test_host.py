@@ -16,4 +16,8 @@ def test_facts_are_the_hosts() -> None:
     assert facts.cpus == int(subprocess.run(["nproc"], capture_output=True, check=True).stdout)
     assert facts.memory <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + (1 << 20)
     assert facts.memory > 64 << 20
+    kinds = {
+        line.split(" - ")[1].split()[0] for line in Path("/proc/self/mountinfo").read_text().splitlines() if " - cgroup" in line
+    }
+    assert {"v1": {"cgroup"}, "hybrid": {"cgroup", "cgroup2"}, "v2": {"cgroup2"}, "": set()}[facts.cgroup_version] == kinds
     assert (facts.swap > 0) == (len(Path("/proc/swaps").read_text().splitlines()) > 1)

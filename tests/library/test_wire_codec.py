@@ -5,12 +5,15 @@ from __future__ import annotations
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobrunner.wire import messages as pb
 from jobrunner.wire.codec import MalformedMessage, StrictCodec
 from tests.support.protobuf import filled, official
+
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy host is no failure."""
 
 START = filled(official()["jobrunner.v1.JobStartRequest"]).SerializeToString()
 BAD = {
@@ -54,6 +57,7 @@ def test_a_message_that_ends_too_early_is_refused_or_a_shorter_message(length: i
     assert official()["jobrunner.v1.JobStartRequest"].FromString(START[:length]).SerializeToString() == bytes(message)
 
 
+@UNHURRIED
 @given(st.binary(max_size=200))
 def test_no_bytes_raise_anything_else_than_malformed_message(data: bytes) -> None:
     for message_type in (pb.JobStartRequest, pb.JobInfo, pb.JobSubscriptionRequest, pb.JobListResponse):

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobrunner.errors import InvalidRequest
@@ -15,6 +15,9 @@ from jobrunner.job import EndReason, JobInfo, JobSpec, JobStatus, Limits, Output
 from jobrunner.wire import convert
 from jobrunner.wire import messages as pb
 from jobrunner.wire.codec import StrictCodec
+
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy host is no failure."""
 
 micros = 1_000_000
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
@@ -85,18 +88,21 @@ infos = st.builds(
 )
 
 
+@UNHURRIED
 @given(specs)
 def test_a_request_comes_back_the_same(spec: JobSpec) -> None:
     data = bytes(convert.spec_to_wire(spec))
     assert convert.spec_from_wire(StrictCodec().decode(data, pb.JobStartRequest)) == spec
 
 
+@UNHURRIED
 @given(infos)
 def test_an_info_comes_back_the_same(info: JobInfo) -> None:
     data = bytes(convert.info_to_wire(info))
     assert convert.info_from_wire(StrictCodec().decode(data, pb.JobInfo)) == info
 
 
+@UNHURRIED
 @given(moments)
 def test_a_time_is_exact_to_the_microsecond(moment: float) -> None:
     there = convert.datetime_from_seconds(moment)

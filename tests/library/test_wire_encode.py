@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobrunner.job import Gap, JobInfo, JobStatus, Stream
@@ -14,10 +14,14 @@ from jobrunner.wire.convert import output_from_wire, output_to_wire
 from jobrunner.wire.encode import Encoded, encode_chunk, encode_output, varint
 from tests.support.protobuf import official
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy host is no failure."""
+
 times = st.integers(0, 4_000_000_000_000_000).map(lambda micros: micros / 1_000_000)
 chunks = st.builds(Chunk, st.sampled_from(Stream), st.binary(max_size=300), st.integers(0, (1 << 64) - 1), times)
 
 
+@UNHURRIED
 @given(chunks)
 def test_a_chunk_has_the_bytes_of_the_generated_code_and_of_official_protobuf(chunk: Chunk) -> None:
     raw = encode_chunk(chunk).raw

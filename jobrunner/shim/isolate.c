@@ -14,11 +14,16 @@
 
 #include "jobrunner.h"
 
-static int isolate_mounts(struct report *why)
+/* Nothing that is mounted from here on may reach the host, and nothing of the host's may reach the job later. */
+int private_mounts(struct report *why)
 {
-	/* First: nothing that is mounted from here on may reach the host, and nothing of the host's may reach the job later. */
-	if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0)
-		return fail(why, "mount", errno, "/");
+	return mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0 ? 0 : fail(why, "mount", errno, "/");
+}
+
+int isolate_mounts(struct report *why)
+{
+	if (private_mounts(why) != 0)	/* first */
+		return -1;
 	/* A proc of the new PID namespace: the host's would show the host's processes. */
 	if (mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) != 0)
 		return fail(why, "mount", errno, "/proc");
@@ -26,7 +31,7 @@ static int isolate_mounts(struct report *why)
 }
 
 /* The only interface that a new network namespace has, down at first (network_namespaces(7), netdevice(7)). */
-static int bring_up_loopback(struct report *why)
+int bring_up_loopback(struct report *why)
 {
 	struct ifreq lo = {.ifr_name = "lo"};
 	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), error = 0;

@@ -166,6 +166,11 @@ bool ctl_heard_stop(struct job *job);
 bool ctl_stop_file(const struct job *job, bool asked, struct stop *stop);
 _Noreturn void init_main(const struct birth *birth);					/* init.c */
 int isolate(const struct birth *birth, struct report *why);				/* isolate.c */
+int private_mounts(struct report *why);
+int isolate_mounts(struct report *why);
+int bring_up_loopback(struct report *why);
 _Noreturn void command_main(const struct birth *birth);					/* command.c */
+void probe_all(void);									/* probe.c */
+int tell_server(const struct report *why);							/* main.c */
 
 #endif

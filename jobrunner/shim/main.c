@@ -133,7 +133,7 @@ static int launch(struct plan *plan, const struct places *places, struct report 
 }
 
 /* One line, whatever a path in it contains. A server that is gone is no reason to do anything about the job. */
-static int tell(const struct report *why)
+int tell_server(const struct report *why)
 {
 	char line[sizeof *why + 64] = "started\n";
 	if (why->kind == REPORT_FAILED) {
@@ -148,7 +148,7 @@ static int tell(const struct report *why)
 	return why->kind == REPORT_FAILED ? 1 : 0;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
 	static struct plan plan;
 	static struct places places;
@@ -156,7 +156,11 @@ int main(void)
 
 	signal(SIGPIPE, SIG_IGN);
 	fill_standard_descriptors();
+	if (argc == 2 && strcmp(argv[1], "probe") == 0) {
+		probe_all();
+		_exit(0);
+	}
 	if (plan_read(STDIN_FILENO, &plan, &why) == 0 && open_places(&plan, &places, &why) == 0 && counters_open(&plan, &why) == 0)
 		launch(&plan, &places, &why);
-	_exit(tell(&why));
+	_exit(tell_server(&why));
 }

@@ -20,14 +20,17 @@ from jobrunner.errors import ConfigError, InvalidRequest
 from jobrunner.job import Limits
 from jobrunner.units import parse_address, parse_duration, parse_size
 
-__all__ = ["DEFAULTS", "RunnerConfig", "ServerConfig", "load"]
+__all__ = ["DEFAULTS", "RunnerConfig", "ServerConfig", "load", "load_runner"]
 
 PREFIX = "JOBRUNNERD_"
 CONFIG_VARIABLE = "JOBRUNNERD_CONFIG"
+STATE_DIR = Path("/var/lib/jobrunner")
+"""Where a check looks if nothing says where jobs are kept; a server must be told."""
 DEFAULTS = Limits(cpus=1.0, memory=1 << 30, pids=512, read_bps=100_000_000, write_bps=100_000_000)
 NO_LIMITS = Limits()
 CGROUP_LIMITS = ("cpus", "memory", "pids", "read_bps", "write_bps", "read_iops", "write_iops")
 """The limits that a cgroup holds: a host may lack one of them."""
+ON_SHUTDOWN = ("keep", "stop")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _KUBERNETES = re.compile(r"JOBRUNNERD_(SERVICE_HOST|SERVICE_PORT.*|PORT(_.*)?)")
 """Set in every pod of a namespace that has a service named jobrunnerd; none of them is ours."""
@@ -77,6 +80,10 @@ class ServerConfig:
     send_timeout: float = 60.0
     """Seconds after which a stream whose peer takes nothing is ended."""
     log_level: str = "info"
+    on_shutdown: str = "keep"
+    """What becomes of the jobs that run when the server is told to leave: `keep` lets them run on, `stop` stops them first."""
+    shutdown_grace: float = 5.0
+    """Seconds that `stop` gives a job at most: less than what a container's runtime gives the server, 10 s with docker stop."""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -153,6 +160,12 @@ def _log_level(value: object) -> str:
     return _text(value).lower()
 
 
+def _on_shutdown(value: object) -> str:
+    if _text(value) not in ON_SHUTDOWN:
+        raise ValueError(f"{value!r} is none of {', '.join(ON_SHUTDOWN)}")
+    return _text(value)
+
+
 def _between(convert: Callable[[object], Any], low: float, high: float) -> Callable[[object], Any]:
     def checked(value: object) -> Any:
         number = convert(value)
@@ -183,6 +196,8 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "max_streams_per_connection": _between(_whole, 1, 1_000_000),
     "send_timeout": _between(_seconds, 0.1, 86400),
     "log_level": _log_level,
+    "on_shutdown": _on_shutdown,
+    "shutdown_grace": _between(_seconds, 0, 86400),
 }
 """Every key, and how its value is read, from whichever place."""
 
@@ -208,19 +223,35 @@ def load(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[
 
     Without `toml_file`, the file that JOBRUNNERD_CONFIG names, if it names one. Raises ConfigError: place, key, reason.
     """
-    if toml_file is None and environ.get(CONFIG_VARIABLE):
-        toml_file = Path(environ[CONFIG_VARIABLE])
-    found, limits = _from_file(toml_file) if toml_file else ({}, {})
-    found |= _from_environment(environ)
-    given = {key: value for key, value in overrides.items() if value is not None}
-    found |= limits | dict(_converted("the command line", given, KEYS))
+    toml_file = toml_file or _named(environ)
+    found = _found(toml_file, environ, overrides)
     for key in REQUIRED:
         if key not in found:
             where = f"configuration {toml_file}" if toml_file else "configuration"
             raise ConfigError(where, f"{key}: is not set; give --{key.replace('_', '-')} or {PREFIX}{key.upper()}")
     own = {field.name for field in fields(ServerConfig)}
-    runner = RunnerConfig(**{key: value for key, value in found.items() if key not in own})
-    return ServerConfig(runner=runner, **{key: value for key, value in found.items() if key in own})
+    return ServerConfig(runner=_runner(found), **{key: value for key, value in found.items() if key in own})
+
+
+def load_runner(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> RunnerConfig:
+    """The library's part of the same settings, for what needs no network; nothing is required. Raises ConfigError."""
+    return _runner({"state_dir": STATE_DIR} | _found(toml_file or _named(environ), environ, overrides))
+
+
+def _named(environ: Mapping[str, str]) -> Path | None:
+    return Path(environ[CONFIG_VARIABLE]) if environ.get(CONFIG_VARIABLE) else None
+
+
+def _found(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> dict[str, Any]:
+    found, limits = _from_file(toml_file) if toml_file else ({}, {})
+    found |= _from_environment(environ)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return found | limits | dict(_converted("the command line", given, KEYS))
+
+
+def _runner(found: Mapping[str, Any]) -> RunnerConfig:
+    own = {field.name for field in fields(RunnerConfig)}
+    return RunnerConfig(**{key: value for key, value in found.items() if key in own})
 
 
 def _from_file(file: Path) -> tuple[dict[str, Any], dict[str, Limits]]:

@@ -94,15 +94,23 @@ class RunnerJob:
         seconds = next(value for value in (grace, spec.grace, self._runner.config.grace) if value is not None)
         if not 0 <= seconds <= 86400:
             raise InvalidRequest("grace", f"{seconds} is not between 0 and 86400", verb=f"stop job {self.job_id}")
+        return await self._end("stopped", seconds, by)
+
+    async def end_with_server(self, grace: float, by: str) -> JobInfo:
+        """As `stop`, told as `shutdown`; `grace` shortens the job's own grace period and never extends it."""
+        own = self._runner.config.grace if self.record.spec.grace is None else self.record.spec.grace
+        return await self._end("shutdown", min(own, grace), by)
+
+    async def _end(self, reason: str, seconds: float, by: str) -> JobInfo:
         if not self.ended:
-            request = StopRequest(reason="stopped", signal=signal_number(spec.stop_signal), grace=seconds, by=by)
+            request = StopRequest(reason=reason, signal=signal_number(self.record.spec.stop_signal), grace=seconds, by=by)
             await self._runner.finish(self._ask_to_stop(request))
             try:
                 async with asyncio.timeout(seconds + GONE_AFTER_KILL):
                     await self._ended.wait()
             except TimeoutError as exc:
-                reason = f"its processes are not gone {GONE_AFTER_KILL:g} s after the kill (uninterruptible sleep?)"
-                raise StopFailed(self.job_id, reason) from exc
+                why = f"its processes are not gone {GONE_AFTER_KILL:g} s after the kill (uninterruptible sleep?)"
+                raise StopFailed(self.job_id, why) from exc
         return self.info()
 
     async def _ask_to_stop(self, request: StopRequest) -> None:
@@ -154,10 +162,11 @@ class JobRunner:
 
         Raises HostError if the directory is taken, or the host lacks what jobs need.
         """
-        sandbox.check_host()
+        await anyio.to_thread.run_sync(sandbox.check_host, config)
         with contextlib.closing(StateDir(config.state_dir.resolve())) as state, contextlib.closing(Inotify()) as inotify:
             cgroups = detect(config.cgroup_parent, sandbox.base_name(state.path))
             with contextlib.closing(cgroups):
+                sandbox.check_limits(config, cgroups)
                 runner = cls(config, state, cgroups, inotify)
                 try:
                     await recovery.recover(runner)
@@ -307,6 +316,19 @@ class JobRunner:
         """Wait until every start, stop, end and removal that is under way now is done."""
         if self._unfinished:
             await asyncio.wait(self._unfinished, timeout=GONE_AFTER_KILL)
+
+    async def stop_all(self, *, grace: float, by: str = "") -> None:
+        """End every job that runs, because the server ends: each has its own grace period, but at most `grace` seconds.
+
+        The caller admits no start from before this call on. Returns when all are gone; what cannot be stopped is told in the log.
+        """
+        await self.settled()  # a start that was under way has its job now
+        running = [job for job in self._jobs.values() if not job.ended]
+        for end in await asyncio.gather(*(job.end_with_server(grace, by) for job in running), return_exceptions=True):
+            if isinstance(end, StopFailed):
+                logger.error("%s", end.message)
+            elif isinstance(end, BaseException):
+                raise end
 
     async def _detach(self) -> None:
         """Let go of all jobs: those that run go on under their shims; what is half done is finished first."""

@@ -10,14 +10,14 @@ import asyncio
 import contextlib
 import hashlib
 import os
-import sys
 from pathlib import Path
 from typing import Self
 
 from jobrunner.config import RunnerConfig
-from jobrunner.errors import HostError, StartFailed
+from jobrunner.errors import StartFailed
 from jobrunner.job import signal_number
-from jobrunner.linux.cgroup import JobCgroup
+from jobrunner.linux import check
+from jobrunner.linux.cgroup import CgroupHost, JobCgroup
 from jobrunner.record import JobRecord
 from jobrunner.shim import binary_path
 from jobrunner.shim.exitrecord import read_exit
@@ -32,13 +32,26 @@ HOST_NAME_MAX = 64
 """sethostname(2)."""
 
 
-def check_host() -> None:
-    """HostError, with the remedy, if jobs cannot be started by this process at all."""
-    if sys.platform != "linux":
-        raise HostError(f"cannot run jobs on {sys.platform}: they need Linux")
-    if os.geteuid() != 0:
-        raise HostError("cannot run jobs: namespaces and cgroups need root; start the server with sudo")
-    binary_path()
+def needs(config: RunnerConfig) -> check.Needs:
+    """What this configuration asks of the host."""
+    return check.Needs(
+        state_dir=config.state_dir,
+        shim=binary_path(),
+        cgroup_parent=config.cgroup_parent,
+        defaults=config.defaults,
+        allow_missing=config.allow_missing,
+        max_running=config.max_running,
+    )
+
+
+def check_host(config: RunnerConfig) -> None:
+    """HostError, in the words of `jobrunnerd check`, if jobs cannot be born here at all. A few milliseconds, so not on the loop."""
+    check.refuse(check.quick(needs(config)))
+
+
+def check_limits(config: RunnerConfig, cgroups: CgroupHost) -> None:
+    """HostError, in the words of `jobrunnerd check`, if the configured defaults cannot be applied: then no job could be started."""
+    check.refuse(check.limits_apply(cgroups, needs(config)))
 
 
 def base_name(state_dir: Path) -> str:

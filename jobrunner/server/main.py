@@ -7,6 +7,7 @@ taken, 128 + n when a second signal n cut the shutdown short.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import shlex
@@ -15,15 +16,18 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import anyio
 import typer
 
-from jobrunner.config import RunnerConfig, ServerConfig, load
+from jobrunner.config import RunnerConfig, ServerConfig, load, load_runner
 from jobrunner.errors import ConfigError, InternalError, JobRunnerError
+from jobrunner.linux.check import Level, everything
 from jobrunner.runner import JobRunner
+from jobrunner.sandbox import needs
 from jobrunner.server.app import JobServer
 from jobrunner.server.devcerts import CLIENTS, make_certs
 from jobrunner.server.health import HealthService
@@ -60,13 +64,32 @@ def serve(
     cert: Annotated[Path | None, typer.Option(help="The server's certificate, PEM.")] = None,
     key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
 ) -> None:
-    """Serve jobs over mutual TLS until SIGTERM or SIGINT; jobs run on without the server. A second signal leaves at once.
+    """Serve jobs over mutual TLS until SIGTERM or SIGINT. Jobs run on without the server, unless `on_shutdown` is `stop`.
+
+    A second signal leaves at once.
 
     Each option is also a variable, JOBRUNNERD_LISTEN for instance, and a key of the settings file.
     """
     overrides = {"listen": listen, "state_dir": state_dir, "ca": ca, "cert": cert, "key": key}
     with _told():
         _run(load(config, os.environ, overrides), ready=_tell_address)
+
+
+@app.command()
+def check(
+    config: Annotated[Path | None, typer.Option(help="Settings in TOML.", envvar="JOBRUNNERD_CONFIG")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Where jobs and their output will be kept.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects: level, name, what, remedy.")] = False,
+) -> None:
+    """Tell what this host offers jobs and what it lacks, with the remedy; leaves nothing behind.
+
+    A line for each thing: ok, limited (jobs run, something is not held) or missing. Exit code 3 if anything is missing.
+    """
+    with _told():
+        findings = everything(needs(load_runner(config, os.environ, {"state_dir": state_dir})))
+    print(json.dumps([asdict(finding) for finding in findings], indent=2) if as_json else "\n".join(map(str, findings)))
+    if any(finding.level is Level.MISSING for finding in findings):
+        raise typer.Exit(EXIT_HOST)
 
 
 @app.command()
@@ -129,7 +152,8 @@ async def _serve(config: ServerConfig, ready: Callable[[str], None]) -> None:
     def told(number: int) -> None:
         if stop.is_set():
             os._exit(128 + number)
-        logger.info("%s: shutting down; jobs run on", signal.Signals(number).name)
+        jobs = "jobs run on" if config.on_shutdown == "keep" else "jobs are stopped"
+        logger.info("%s: shutting down; %s", signal.Signals(number).name, jobs)
         stop.set()
 
     loop = asyncio.get_running_loop()
@@ -138,6 +162,10 @@ async def _serve(config: ServerConfig, ready: Callable[[str], None]) -> None:
     async with running_server(config) as running:
         ready(running.address)
         await stop.wait()
+        if config.on_shutdown == "stop":
+            # Order: no new calls, then the stops, then the drain that leaving begins, so that who follows a job sees its end.
+            running.server.draining.set()
+            await running.runner.stop_all(grace=config.shutdown_grace, by="jobrunnerd")
 
 
 def _tell_address(address: str) -> None:

@@ -7,14 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobrunner.errors import HostError
-
 __all__ = ["binary_path"]
 
 
 def binary_path() -> Path:
-    """The compiled helper beside this file. HostError, with the remedy, if it is not there."""
-    path = Path(__file__).with_name("jobrunner-shim")
-    if not path.exists():
-        raise HostError(f"cannot run jobs: {path} is missing; install jobrunner on Linux with a C compiler, or run `make shim`")
-    return path
+    """The compiled helper, beside this file; whether it is there is for a check of the host to tell."""
+    return Path(__file__).with_name("jobrunner-shim")

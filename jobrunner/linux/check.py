@@ -1,0 +1,19 @@
+"""What this host offers jobs, and the exact remedy for what it lacks. What can be tried is tried; settings are read only elsewhere.
+
+Two depths, of the same findings: `quick` and `limits_apply` are what a server asks itself before it starts, a few milliseconds;
+`everything` is `jobrunnerd check`.
+"""
+
+from __future__ import annotations
+
+from jobrunner.linux.check_birth import quick
+from jobrunner.linux.check_bounds import bounds
+from jobrunner.linux.check_cgroup import cgroups, limits_apply
+from jobrunner.linux.finding import Finding, Level, Needs, refuse
+
+__all__ = ["Finding", "Level", "Needs", "everything", "limits_apply", "quick", "refuse"]
+
+
+def everything(needs: Needs) -> list[Finding]:
+    """All findings, in the order in which they are worth mending. Leaves nothing behind."""
+    return [*quick(needs), *cgroups(needs), *bounds(needs)]

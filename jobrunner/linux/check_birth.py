@@ -1,0 +1,131 @@
+"""Whether a job can be born here: rights, kernel, the helper, and each step of a birth tried by the helper itself."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from jobrunner.linux.finding import Finding, Level, Needs
+
+__all__ = ["quick"]
+
+NEEDED = {"CAP_SYS_ADMIN": 21, "CAP_NET_ADMIN": 12}
+"""capabilities(7): namespaces and mounts; the loopback interface of a job's network namespace."""
+KERNEL = (5, 11)
+"""close_range(2) with CLOSE_RANGE_CLOEXEC; CLONE_INTO_CGROUP is of 5.7."""
+PROBE = re.compile(r"(\S+) (?:started|failed (\S+) (\d+) (.*))")
+NAMESPACES = ("pid", "mount", "network", "ipc", "uts", "cgroup")
+
+_CAPABILITIES = (
+    "docker: --cap-add SYS_ADMIN --cap-add NET_ADMIN; compose: cap_add: [SYS_ADMIN, NET_ADMIN]; "
+    "systemd: CapabilityBoundingSet= must hold CAP_SYS_ADMIN CAP_NET_ADMIN"
+)
+_FILTER = (
+    "docker: --cap-add SYS_ADMIN --security-opt seccomp=unconfined; "
+    "compose: cap_add: [SYS_ADMIN], security_opt: [seccomp:unconfined]; systemd: no SystemCallFilter=, no RestrictNamespaces="
+)
+_APPARMOR = (
+    "docker: --security-opt apparmor=unconfined; compose: security_opt: [apparmor:unconfined]; systemd: no AppArmorProfile= that "
+    "denies mount"
+)
+_PROC = (
+    "the outer /proc is masked: docker: --security-opt systempaths=unconfined; compose: security_opt: [systempaths:unconfined]; "
+    "podman: --security-opt unmask=ALL; systemd: no ProtectKernelTunables=, ProtectProc= or ProcSubset="
+)
+_SHIM = "reinstall jobrunner on Linux with a C compiler (apt-get install gcc libc6-dev), or run `make shim` in the checkout"
+
+
+def quick(needs: Needs) -> Iterator[Finding]:
+    """What decides whether a job can be born at all: a few milliseconds, no trace. Later ones mean little where one is missing."""
+    if sys.platform != "linux":
+        yield Finding(Level.MISSING, "system", f"this is {sys.platform}", "jobs need Linux; SDK and CLI run here")
+        return
+    yield _root()
+    rights = _capabilities()
+    yield rights
+    yield _kernel()
+    shim = _shim(needs.shim)
+    yield shim
+    if shim.level is Level.OK:
+        yield from _probes(needs.shim, rights.remedy)
+
+
+def _root() -> Finding:
+    user = os.geteuid()
+    if user == 0:
+        return Finding(Level.OK, "root", "effective user id 0")
+    return Finding(
+        Level.MISSING, "root", f"effective user id {user}, not 0", "start it with sudo; docker: --user 0; systemd: no User="
+    )
+
+
+def _capabilities() -> Finding:
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    effective = int(found[1], 16) if found else 0
+    lacking = [name for name, number in NEEDED.items() if not effective >> number & 1]
+    if lacking:
+        return Finding(Level.MISSING, "capabilities", f"{' and '.join(lacking)} not there", _CAPABILITIES)
+    return Finding(Level.OK, "capabilities", " ".join(NEEDED))
+
+
+def _kernel() -> Finding:
+    release = os.uname().release
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    if numbers and (int(numbers[1]), int(numbers[2])) >= KERNEL:
+        return Finding(Level.OK, "kernel", f"Linux {release}")
+    wanted = ".".join(map(str, KERNEL))
+    return Finding(
+        Level.MISSING, "kernel", f"Linux {release} is older than {wanted}", "Debian 12, Ubuntu 22.04, RHEL 9 and later have it"
+    )
+
+
+def _shim(path: Path) -> Finding:
+    if not path.is_file():
+        return Finding(Level.MISSING, "shim", f"{path} is not there", _SHIM)
+    if not os.access(path, os.X_OK):
+        return Finding(Level.MISSING, "shim", f"{path} cannot be executed", f"{_SHIM}; not on a file system mounted noexec")
+    return Finding(Level.OK, "shim", str(path))
+
+
+def _probes(shim: Path, rights: str) -> Iterator[Finding]:
+    """What the shim itself says when it tries the steps of a birth; `rights` is the remedy if a capability lacks."""
+    try:
+        done = subprocess.run([shim, "probe"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError) as exc:
+        yield Finding(Level.MISSING, "shim", f"{shim}: {exc}", _SHIM)
+        return
+    tried = {match[1]: match for line in done.stdout.splitlines() if (match := PROBE.fullmatch(line))}
+    for name in ("clone3", *NAMESPACES, "proc"):
+        title = {"clone3": "clone3", "proc": "fresh /proc"}.get(name, f"namespace {name}")
+        match = tried.get(name)
+        if match is None:
+            yield Finding(Level.MISSING, title, f"{shim} does not answer", _SHIM)
+        elif match[2] is None:
+            yield Finding(Level.OK, title, {"clone3": "works", "proc": "can be mounted"}.get(name, "can be made"))
+        else:
+            found = _probe_failed(name, title, match[2], int(match[3]), match[4])
+            yield replace(found, remedy=rights) if rights and int(match[3]) == errno.EPERM else found
+
+
+def _probe_failed(name: str, title: str, step: str, error: int, detail: str) -> Finding:
+    what = ": ".join(part for part in (step, detail, os.strerror(error) if error else "") if part)
+    if step == "mount" and error == errno.EACCES:
+        remedy = _APPARMOR
+    elif step == "mount" and name == "proc":
+        remedy = _PROC
+    elif step == "network":
+        remedy = _CAPABILITIES
+    elif error == errno.ENOSPC:
+        remedy = f"sysctl -w user.max_{'net' if name == 'network' else 'mnt' if name == 'mount' else name}_namespaces=65536"
+    elif error == errno.EINVAL:
+        remedy = f"a kernel that is built with this namespace (CONFIG_{'NET' if name == 'network' else name.upper()}_NS=y)"
+    else:
+        remedy = _FILTER
+    return Finding(Level.MISSING, title, what, remedy)

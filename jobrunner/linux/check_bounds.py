@@ -1,0 +1,137 @@
+"""The host's bounds on many jobs at once, what security modules say, and whose life a job's life is bound to."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+from jobrunner.linux.disk import MEMORY
+from jobrunner.linux.finding import Finding, Level, Needs, existing
+from jobrunner.linux.mountinfo import cgroup_mounts, mount_of, own_cgroups, read_mountinfo
+
+__all__ = ["bounds"]
+
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC
+"""Its inode in every kernel: PROC_PID_INIT_INO of include/linux/proc_ns.h."""
+PROCESSES_PER_JOB = 3
+FILES = 600
+"""Open files of a server besides one for each running job: connections, the segments of their logs, itself."""
+SYSCTL = Path("/proc/sys")
+
+
+def bounds(needs: Needs) -> Iterator[Finding]:
+    """One line each."""
+    yield _state_dir(needs.state_dir)
+    yield _inotify(needs)
+    yield _open_files(needs)
+    yield _processes(needs)
+    yield _lifetime()
+    yield _apparmor()
+    yield _user_namespaces()
+
+
+def _state_dir(path: Path) -> Finding:
+    there = existing(path)
+    if not os.access(there, os.W_OK | os.X_OK):
+        remedy = "another --state-dir; docker: a volume for it, -v jobrunner:/var/lib/jobrunner; systemd: StateDirectory=jobrunner"
+        return Finding(Level.MISSING, "state directory", f"{path}: {there} cannot be written to", remedy)
+    mount = mount_of(os.path.realpath(there), read_mountinfo())
+    if mount is not None and mount.fstype in MEMORY:
+        what = f"{path} is on {mount.fstype}: jobs and their output are lost with the machine's memory"
+        return Finding(Level.LIMITED, "state directory", what, "a --state-dir on a disk; docker: a named volume")
+    return Finding(Level.OK, "state directory", f"{path}, on {mount.fstype if mount else 'an unknown file system'}")
+
+
+def _inotify(needs: Needs) -> Finding:
+    """inotify(7): one instance, and a watch for each log that is followed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.inotify_init1(os.O_CLOEXEC)
+    if fd < 0:
+        reason = os.strerror(ctypes.get_errno())
+        return Finding(Level.MISSING, "inotify", f"no instance: {reason}", "sysctl -w fs.inotify.max_user_instances=512")
+    os.close(fd)
+    watches = _number(SYSCTL / "fs/inotify/max_user_watches")
+    if watches is not None and watches < needs.max_running:
+        what = f"{watches} watches, for max_running = {needs.max_running} jobs whose logs may be followed"
+        return Finding(Level.LIMITED, "inotify", what, "sysctl -w fs.inotify.max_user_watches=65536")
+    return Finding(Level.OK, "inotify", "an instance can be made" + (f", {watches} watches" if watches is not None else ""))
+
+
+def _open_files(needs: Needs) -> Finding:
+    """getrlimit(2) RLIMIT_NOFILE."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = needs.max_running + FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        remedy = (
+            f"ulimit -n {wanted}; docker: --ulimit nofile={wanted}; compose: ulimits: {{nofile: {wanted}}}; systemd: "
+            f"LimitNOFILE={wanted}"
+        )
+        return Finding(Level.LIMITED, "open files", f"{soft}, about {wanted} for max_running = {needs.max_running}", remedy)
+    return Finding(Level.OK, "open files", "no limit" if soft == resource.RLIM_INFINITY else str(soft))
+
+
+def _processes(needs: Needs) -> Finding:
+    wanted = needs.max_running * PROCESSES_PER_JOB + 1000
+    most = _number(SYSCTL / "kernel/pid_max") or wanted
+    if most < wanted:
+        remedy = f"sysctl -w kernel.pid_max={max(wanted, 32768)}"
+        return Finding(Level.LIMITED, "processes", f"kernel.pid_max is {most}, about {wanted} for max_running", remedy)
+    here = _tightest_pids()
+    if here is not None and here < wanted - 1000:
+        what = f"this cgroup allows {here}, about {wanted - 1000} for max_running = {needs.max_running}"
+        remedy = "docker: --pids-limit -1; compose: pids_limit: -1; systemd: TasksMax=infinity"
+        return Finding(Level.LIMITED, "processes", what, remedy)
+    return Finding(Level.OK, "processes", f"kernel.pid_max is {most}")
+
+
+def _tightest_pids() -> int | None:
+    """The least pids.max of this process's cgroup and those above it, as far as they can be seen."""
+    mounts, own = cgroup_mounts(), own_cgroups()
+    name = "pids" if "pids" in mounts else ""
+    if name not in mounts:
+        return None
+    found = []
+    directory = Path(mounts[name].directory(own.get(name, "/")))
+    while directory.is_relative_to(mounts[name].point):
+        found.append(_number(directory / "pids.max"))
+        directory = directory.parent
+    return min((number for number in found if number is not None), default=None)
+
+
+def _lifetime() -> Finding:
+    """Whether jobs outlive the server: not where its end ends its PID namespace (pid_namespaces(7))."""
+    try:
+        initial = Path("/proc/self/ns/pid").stat().st_ino == INITIAL_PID_NAMESPACE
+    except OSError:
+        initial = True
+    if initial:
+        return Finding(Level.OK, "lifetime", "jobs run on while the server is away (systemd: with KillMode=process)")
+    what = "this is a container's PID namespace: jobs end with it, when its pid 1 does"
+    return Finding(Level.LIMITED, "lifetime", what, "run jobrunnerd on the host; systemd: Delegate=yes, KillMode=process")
+
+
+def _apparmor() -> Finding:
+    """For information: what AppArmor denies was found by trying."""
+    with contextlib.suppress(OSError):
+        profile = Path("/proc/self/attr/apparmor/current").read_text().strip().rstrip("\0")
+        return Finding(Level.OK, "apparmor", f"profile {profile}")
+    return Finding(Level.OK, "apparmor", "not in use")
+
+
+def _user_namespaces() -> Finding:
+    """For information: only a server that is not root would need them (user_namespaces(7))."""
+    settings = ("user/max_user_namespaces", "kernel/unprivileged_userns_clone", "kernel/apparmor_restrict_unprivileged_userns")
+    found = [f"{name.replace('/', '.')} = {value}" for name in settings if (value := _number(SYSCTL / name)) is not None]
+    return Finding(Level.OK, "user namespaces", ", ".join(found) or "none")
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None if there is none, or the word `max`."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,175 @@
+"""Whether jobs can be limited here: a cgroup is made where a server would make its own, and each limit is applied in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from jobrunner.errors import HostError
+from jobrunner.job import Limits
+from jobrunner.linux import disk, kernfs
+from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
+from jobrunner.linux.cgroup_v1 import BUFFERED
+from jobrunner.linux.finding import Finding, Level, Needs, existing, from_error
+from jobrunner.linux.kernfs import LimitNotApplied
+from jobrunner.linux.mountinfo import CgroupMount, cgroup_mounts, own_cgroups
+
+__all__ = ["cgroups", "limits_apply"]
+
+JOB_ID = "0" * 12
+OF_CONTROLLER = {
+    "cpu": ("cpus",),
+    "memory": ("memory",),
+    "pids": ("pids",),
+    "io": ("read_bps", "write_bps", "read_iops", "write_iops"),
+}
+OF_V1 = {"io": "blkio"}
+SAMPLE = Limits(cpus=1.0, memory=64 << 20, pids=64, read_bps=1 << 30, write_bps=1 << 30, read_iops=100_000, write_iops=100_000)
+"""Applied where the configuration has no default: what a job may ask for."""
+SERVER_LEAF = re.compile(r"/jobrunner-[0-9a-f]{8}/server")
+
+_V2 = "boot with systemd.unified_cgroup_hierarchy=1 (cgroup v2)"
+_CONTROLLER = (
+    "on the host: mkdir -p /sys/fs/cgroup/{0} && mount -t cgroup -o {0} cgroup /sys/fs/cgroup/{0} (for memory perhaps with "
+    "cgroup_enable=memory on the kernel's command line); docker: --privileged; or name the limit in allow_missing"
+)
+_UNIFIED = "Linux 5.14 or later; beside v1: mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified"
+_SWAP = "boot with swapaccount=1, or swapoff -a"
+_DISK = "put state_dir on a file system with a disk of its own (ext4, xfs), or name the limit in allow_missing"
+
+
+def cgroups(needs: Needs) -> list[Finding]:
+    """A line for the tree, one for each controller, and what is not held in full."""
+    with _put_back() as parent:
+        try:
+            host = detect(needs.cgroup_parent or parent, f"jobrunner-check-{os.getpid()}")
+        except HostError as exc:
+            return [from_error("cgroup", exc)]
+        with contextlib.closing(host):
+            tree = Finding(Level.OK, "cgroup", f"{host.version}, can be written to")
+            return [tree, *_controllers(host, needs), *_kill(host)]
+
+
+def limits_apply(host: CgroupHost, needs: Needs) -> list[Finding]:
+    """What is missing of the configured defaults, for a server that starts: no job could be started without it."""
+    try:
+        host.create(JOB_ID, needs.defaults, disk.disks_under([existing(needs.state_dir), "/"]), needs.allow_missing).remove()
+    except LimitNotApplied as exc:
+        controller = next(name for name, limits in OF_CONTROLLER.items() if exc.limit in limits)
+        return [_lacking(controller, exc)]
+    except HostError as exc:
+        return [from_error("cgroup", exc)]
+    return []
+
+
+def _controllers(host: CgroupHost, needs: Needs) -> Iterator[Finding]:
+    disks = disk.disks_under([existing(needs.state_dir), "/"])
+    for controller, names in OF_CONTROLLER.items():
+        found = [_apply(host, needs, controller, name, disks) for name in names]
+        worst = max((finding.level for finding in found), key=list(Level).index)
+        whats = dict.fromkeys(finding.what for finding in found if finding.level is worst)
+        remedies = dict.fromkeys(finding.remedy for finding in found if finding.level is worst)
+        yield Finding(worst, f"cgroup {controller}", "; ".join(whats), "; ".join(remedies))
+
+
+def _apply(host: CgroupHost, needs: Needs, controller: str, name: str, disks: list[disk.Disk]) -> Finding:
+    """Apply one limit to a cgroup that no process is ever in."""
+    default = getattr(needs.defaults, name)
+    limits = Limits(**{name: getattr(SAMPLE, name) if default is None else default})
+    title = f"cgroup {controller}"
+    try:
+        cgroup = host.create(JOB_ID, limits, disks, (), {name})
+    except LimitNotApplied as exc:
+        return _not_applied(controller, name, exc, needs, disks)
+    except HostError as exc:
+        return from_error(title, exc)
+    try:
+        return _partly(title, controller, cgroup) or Finding(Level.OK, title, "its limits can be set")
+    finally:
+        cgroup.remove()
+
+
+def _not_applied(controller: str, name: str, exc: LimitNotApplied, needs: Needs, disks: list[disk.Disk]) -> Finding:
+    found = _lacking(controller, exc)
+    if controller == "io" and not any(one.device for one in disks):
+        # A default of disk I/O is not kept where there is no disk; every other one stops each job that starts.
+        return replace(found, level=Level.LIMITED, remedy=_DISK)
+    optional = name in needs.allow_missing or getattr(needs.defaults, name) is None
+    return replace(found, level=Level.LIMITED) if optional else found
+
+
+def _lacking(controller: str, exc: LimitNotApplied) -> Finding:
+    what, _, remedy = exc.message.partition("; ")
+    return Finding(Level.MISSING, f"cgroup {controller}", what, remedy or _CONTROLLER.format(OF_V1.get(controller, controller)))
+
+
+def _partly(title: str, controller: str, cgroup: JobCgroup) -> Finding | None:
+    """What the cgroup itself says that it does not hold."""
+    if not cgroup.missing:
+        return None
+    remedies = dict.fromkeys(_V2 if what == BUFFERED else _SWAP if controller == "memory" else _DISK for what in cgroup.missing)
+    return Finding(Level.LIMITED, title, "; ".join(cgroup.missing), "; ".join(remedies))
+
+
+def _kill(host: CgroupHost) -> Iterator[Finding]:
+    try:
+        cgroup = host.create(JOB_ID, Limits())
+    except HostError:
+        return
+    try:
+        unified = cgroup.paths.get("unified")
+        if unified and Path(unified, "cgroup.kill").exists():
+            yield Finding(Level.OK, "cgroup.kill", "is there")
+        else:
+            what = "not there: what is left behind by a helper that was killed is killed one by one"
+            yield Finding(
+                Level.LIMITED,
+                "cgroup.kill",
+                what,
+                "Linux 5.14 or later, with cgroup2 mounted (on /sys/fs/cgroup/unified beside v1)",
+            )
+    finally:
+        cgroup.remove()
+
+
+@contextlib.contextmanager
+def _put_back() -> Iterator[str]:
+    """Gives the cgroup that a server started here would use as parent, "" for its own; undoes afterwards what a host on v2 changes.
+
+    There a process that hands controllers down moves into a leaf first; this one goes back, in this order: controllers that it
+    enabled off again, itself, the leaf.
+    """
+    mounts, own = cgroup_mounts(), own_cgroups().get("", "/")
+    if "" not in mounts or any(name in mounts for name in ("cpu", "memory", "pids")):
+        yield ""
+        return
+    # Beside a server that runs (docker exec): that has moved into its leaf, and this process was put there with it.
+    home = SERVER_LEAF.sub("", own) or "/"
+    control = Path(mounts[""].directory(home)) / "cgroup.subtree_control"
+    before = _words(control)
+    try:
+        yield home if home != own else ""
+    finally:
+        _undo(mounts[""], own, control, before)
+
+
+def _undo(mount: CgroupMount, own: str, control: Path, before: set[str]) -> None:
+    added = _words(control) - before
+    if added:
+        kernfs.write_if_there(control, " ".join(f"-{name}" for name in sorted(added)))
+    now = own_cgroups().get("", own)
+    if now != own:
+        leaf = Path(mount.directory(now))
+        kernfs.write_if_there(Path(mount.directory(own)) / "cgroup.procs", str(os.getpid()))
+        kernfs.remove((leaf, leaf.parent / "jobs", leaf.parent))
+
+
+def _words(path: Path) -> set[str]:
+    try:
+        return set(kernfs.read(path).split())
+    except OSError:
+        return set()

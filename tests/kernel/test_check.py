@@ -1,0 +1,177 @@
+"""`jobrunnerd check` on this host, and where something was really taken away from it: line, remedy, the server's refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobrunner.shim import binary_path
+
+pytestmark = [pytest.mark.requires("root", "command:unshare", "command:setpriv"), pytest.mark.timeout(120)]
+
+JOBRUNNERD = shlex.quote(str(Path(sys.executable).with_name("jobrunnerd")))
+Found = dict[str, dict[str, str]]
+
+READ_ONLY_CGROUPS = 'for m in $(grep -o " /sys/fs/cgroup[^ ]* " /proc/mounts); do mount -o remount,bind,ro $m; done'
+NO_PIDS = "umount -l /sys/fs/cgroup/pids"
+ON_V1 = Path("/sys/fs/cgroup/pids").is_dir()
+
+
+def check(before: str = "true", wrap: str = "", options: str = "") -> tuple[int, Found]:
+    """Run it in a mount namespace of its own, in which `before` was done; exit code, and the findings by name."""
+    script = f"{before} && exec {wrap} {JOBRUNNERD} check --json {options}"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stderr == ""
+    return done.returncode, {finding["name"]: finding for finding in json.loads(done.stdout)}
+
+
+def refusal(before: str, directory: Path) -> tuple[int, str]:
+    """Exit code and words of a server that is started where `before` was done."""
+    script = f"{before} && exec {JOBRUNNERD} dev --listen 127.0.0.1:0 --dir {shlex.quote(str(directory))}"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, done.stderr
+
+
+def hide(path: Path, scratch: Path) -> str:
+    """Shell that hides one file of a directory: an overlay whose upper layer has a whiteout of it (overlayfs)."""
+    upper, work = scratch / "upper", scratch / "work"
+    upper.mkdir()
+    work.mkdir()
+    layers = f"lowerdir={path.parent},upperdir={upper},workdir={work}"
+    return f"mknod {upper}/{path.name} c 0 0 && mount -t overlay -o {shlex.quote(layers)} overlay {shlex.quote(str(path.parent))}"
+
+
+@pytest.fixture(scope="module")
+def here() -> tuple[int, Found]:
+    return check()
+
+
+def test_nothing_is_missing_on_this_host(here: tuple[int, Found]) -> None:
+    code, found = here
+    assert (code, {name for name, finding in found.items() if finding["level"] == "missing"}) == (0, set())
+
+
+def test_each_thing_has_its_line(here: tuple[int, Found]) -> None:
+    namespaces = {f"namespace {name}" for name in ("pid", "mount", "network", "ipc", "uts", "cgroup")}
+    cgroups = {"cgroup", "cgroup cpu", "cgroup memory", "cgroup pids", "cgroup io", "cgroup.kill"}
+    others = {"root", "capabilities", "kernel", "shim", "clone3", "fresh /proc", "state directory", "inotify", "open files"}
+    assert set(here[1]) == namespaces | cgroups | others | {"processes", "lifetime", "apparmor", "user namespaces"}
+
+
+def test_what_is_not_ok_has_a_remedy(here: tuple[int, Found]) -> None:
+    assert [name for name, finding in here[1].items() if (finding["level"] == "ok") == bool(finding["remedy"])] == []
+
+
+def test_it_leaves_no_cgroup(here: tuple[int, Found]) -> None:
+    assert here[1]["cgroup"]["level"] == "ok"
+    assert [path for path, _, _ in os.walk("/sys/fs/cgroup") if "jobrunner-check" in path] == []
+
+
+def test_a_line_of_text_has_level_name_and_what() -> None:
+    done = subprocess.run(["sh", "-c", f"{JOBRUNNERD} check"], capture_output=True, text=True, check=False)
+    assert "ok       root: effective user id 0\n" in done.stdout
+
+
+def test_a_read_only_cgroup_tree_is_told() -> None:
+    code, found = check(READ_ONLY_CGROUPS)
+    assert code == 3
+    assert found["cgroup"]["level"] == "missing"
+    assert "Read-only file system" in found["cgroup"]["what"]
+    assert "Delegate=yes" in found["cgroup"]["remedy"]
+
+
+@pytest.mark.skipif(not ON_V1, reason="controllers are mounts of their own on cgroup v1 only")
+def test_a_controller_that_is_not_there_is_told() -> None:
+    code, found = check(NO_PIDS)
+    assert (code, found["cgroup pids"]["level"]) == (3, "missing")
+    assert found["cgroup pids"]["what"] == "cannot apply limit pids: no pids cgroup controller is mounted"
+    assert "mount -t cgroup -o pids cgroup /sys/fs/cgroup/pids" in found["cgroup pids"]["remedy"]
+
+
+@pytest.mark.skipif(not ON_V1, reason="controllers are mounts of their own on cgroup v1 only")
+def test_a_limit_that_may_be_missing_is_limited(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text('allow_missing = ["pids"]\n')
+    code, found = check(NO_PIDS, options=f"--config {tmp_path}/settings.toml")
+    assert (code, found["cgroup pids"]["level"]) == (0, "limited")
+
+
+@pytest.mark.parametrize("name", ["sys_admin", "net_admin"])
+def test_a_capability_that_is_not_there_is_told(name: str) -> None:
+    code, found = check(wrap=f"setpriv --bounding-set -{name} --")
+    assert (code, found["capabilities"]["level"]) == (3, "missing")
+    assert found["capabilities"]["what"] == f"CAP_{name.upper()} not there"
+    assert f"--cap-add {name.upper()}" in found["capabilities"]["remedy"]
+
+
+def test_a_step_of_a_birth_that_is_denied_is_told_as_that() -> None:
+    _, found = check(wrap="setpriv --bounding-set -net_admin --")
+    assert found["namespace network"]["what"] == "network: lo: Operation not permitted"
+
+
+def test_a_namespace_that_may_not_be_made_is_told() -> None:
+    script = f"echo 0 > /proc/sys/user/max_uts_namespaces && exec {JOBRUNNERD} check --json"
+    # The sysctl is that of the user namespace: outside of this one nothing changes.
+    done = subprocess.run(["unshare", "--user", "-r", "sh", "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    assert found["namespace uts"]["what"] == "clone: No space left on device"
+    assert "user.max_uts_namespaces" in found["namespace uts"]["remedy"]
+    assert found["namespace ipc"]["level"] == "ok"
+
+
+def test_a_masked_proc_is_told() -> None:
+    # From outside the user namespace, so that it cannot be taken off in it: as in a rootless container (mount_namespaces(7)).
+    code, found = check("mount -t tmpfs tmpfs /proc/bus", wrap="unshare --user -r --mount")
+    assert (code, found["fresh /proc"]["level"]) == (3, "missing")
+    assert found["fresh /proc"]["what"] == "mount: /proc: Operation not permitted"
+    assert "systempaths=unconfined" in found["fresh /proc"]["remedy"]
+
+
+def test_a_shim_that_is_not_there_is_told(tmp_path: Path) -> None:
+    code, found = check(hide(binary_path(), tmp_path))
+    assert (code, found["shim"]["level"]) == (3, "missing")
+    assert "make shim" in found["shim"]["remedy"]
+
+
+def test_another_user_is_told(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    code, found = check(wrap="unshare --user --map-user=1000")
+    assert (code, found["root"]["level"]) == (3, "missing")
+
+
+def test_few_open_files_are_told() -> None:
+    _, found = check(wrap="prlimit --nofile=256")
+    assert found["open files"]["level"] == "limited"
+    assert "LimitNOFILE=" in found["open files"]["remedy"]
+
+
+def test_a_container_s_pid_namespace_is_told() -> None:
+    _, found = check(wrap="unshare --pid --fork --mount-proc")
+    assert (found["lifetime"]["level"], found["namespace pid"]["level"]) == ("limited", "ok")
+
+
+def test_a_server_refuses_in_the_same_words_without_a_shim(tmp_path: Path) -> None:
+    hidden = hide(binary_path(), tmp_path)
+    code, words = refusal(hidden, tmp_path / "dev")
+    finding = f"{binary_path()} is not there"
+    assert (code, words.startswith(f"jobrunnerd: cannot run jobs: shim: {finding}; ")) == (3, True)
+
+
+@pytest.mark.skipif(not ON_V1, reason="controllers are mounts of their own on cgroup v1 only")
+def test_a_server_refuses_in_the_same_words_without_a_controller(tmp_path: Path) -> None:
+    _, found = check(NO_PIDS)
+    code, words = refusal(NO_PIDS, tmp_path / "dev")
+    finding = found["cgroup pids"]
+    assert (code, words) == (3, f"jobrunnerd: cannot run jobs: cgroup pids: {finding['what']}; {finding['remedy']}\n")
+
+
+def test_a_server_refuses_in_the_same_words_on_a_read_only_tree(tmp_path: Path) -> None:
+    code, words = refusal(READ_ONLY_CGROUPS, tmp_path / "dev")
+    assert code == 3
+    assert "Read-only file system; " in words
+    assert "Delegate=yes" in words

@@ -69,6 +69,7 @@ bool say(int fd, const struct report *report);
 bool hear(int fd, struct report *report);
 bool write_all(int fd, const void *data, size_t size);
 pid_t spawn(uint64_t flags, int cgroup2, int *pidfd);
+int spawn_failed(int cgroup2, const char *path, const char *what, struct report *why);
 int enter_cgroups(const int *tasks, char const *const *paths, int count, struct report *why);
 int send_signal(int pidfd, int signal);
 void close_from(unsigned int first);

@@ -99,6 +99,18 @@ static int open_places(const struct plan *plan, struct places *places, struct re
 	return why->kind == REPORT_FAILED ? -1 : 0;
 }
 
+/*
+ * What the shim says; false if it died before it said anything. Its death is watched too, and not only the end of file: a child of
+ * its own, stuck in its first instructions, may still hold the other end.
+ */
+static bool hear_shim(int answer, int shim, struct report *heard)
+{
+	struct pollfd fds[] = {{.fd = answer, .events = POLLIN}, {.fd = shim, .events = POLLIN}};
+	while (ppoll(fds, 2, NULL, NULL) < 0)
+		;
+	return fds[0].revents && hear(answer, heard);
+}
+
 static int wait_for(int pidfd)
 {
 	siginfo_t info = {0};
@@ -120,10 +132,10 @@ static int launch(struct plan *plan, const struct places *places, struct report 
 		shim_main(plan, places, answer[1]);
 	}
 	if (pid < 0)
-		return fail(why, "clone", errno, "shim");
+		return spawn_failed(places->cgroup2_shim, plan->cgroup2_shim, "shim", why);
 	close(answer[1]);
 	struct report heard = {0};
-	if (hear(answer[0], &heard) && heard.kind == REPORT_STARTED)
+	if (hear_shim(answer[0], shim, &heard) && heard.kind == REPORT_STARTED)
 		return 0;
 	int signal = wait_for(shim);
 	if (heard.kind == REPORT_FAILED)

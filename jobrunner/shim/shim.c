@@ -85,7 +85,7 @@ static int spawn_init(struct job *job, const struct birth *birth, int reading, i
 		init_main(birth);
 	}
 	if (pid < 0)
-		return fail(why, "clone", errno, "init");
+		return spawn_failed(job->places->cgroup2_job, job->plan->cgroup2_job, "init", why);
 	close(birth->channel);
 	close(birth->report);
 	close(birth->output[0]);

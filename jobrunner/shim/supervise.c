@@ -13,7 +13,8 @@
 #include "jobrunner.h"
 
 #define LONGEST_WAIT (60 * 1000 * MS)	/* ppoll's own clock stands still while the host sleeps, so a timer is looked at this often */
-#define OOM_COUNT_WAIT (20 * MS)
+#define OOM_WAIT (1000 * MS)
+#define OOM_TICK (5 * MS)
 
 enum { OUT, ERR, INIT, CHANNEL, CTL, OOM, N_WATCHED };
 
@@ -66,27 +67,29 @@ bool take_messages(struct job *job)
 }
 
 /*
- * v1 has no memory.oom.group: the kernel's eventfd tells that the job is out of memory, and we kill the rest of it. The event comes
- * a moment before the kernel's own kill is counted, and the count is worth waiting for, but not for long: a job that got memory
- * in the end would not be counted at all.
+ * v1 has no memory.oom.group: the kernel's eventfd tells that the job is out of memory, and we kill the rest of it. But the event
+ * also comes when a cgroup above ours is out of memory, to every job below it, and then somebody else may be the one that the kernel
+ * kills. So it is only a hint to look at our own count of kills, which grows a moment later, and a little longer where the CPU
+ * limit holds the kernel's work back. Who cannot count believes the event.
  */
 static void take_oom(struct job *job)
 {
 	uint64_t count;
-	if (read(job->oom, &count, sizeof count) == (ssize_t)sizeof count && job->oom_until == NEVER)
-		job->oom_until = now_ns(CLOCK_BOOTTIME) + OOM_COUNT_WAIT;
+	if (read(job->oom, &count, sizeof count) == (ssize_t)sizeof count)
+		job->oom_until = now_ns(CLOCK_BOOTTIME) + OOM_WAIT;
 }
 
 static void check_oom(struct job *job, int64_t now)
 {
-	if (job->oom_until == NEVER || job->oom_kill)
+	if (job->oom_until == NEVER)
 		return;
 	counters_read(job->record.counters);
-	uint64_t counted = job->record.counters[OOM_KILLS];
-	if (now >= job->oom_until || (counted != UNKNOWN && counted > 0)) {
+	if (job->record.counters[OOM_KILLS] != 0) {
 		job->oom_kill = true;
 		kill_init(job);
 	}
+	if (job->oom_kill || now >= job->oom_until)
+		job->oom_until = NEVER;
 }
 
 static void run_timers(struct job *job, int64_t now)
@@ -109,8 +112,8 @@ static int64_t next_timer(const struct job *job, int64_t now)
 	int64_t next = job->deadline < job->kill_at ? job->deadline : job->kill_at;
 	if (job->idle_ns != NEVER && job->last_output + job->idle_ns < next)
 		next = job->last_output + job->idle_ns;
-	if (job->oom_until != NEVER && !job->oom_kill && now + MS < next)
-		next = now + MS;
+	if (job->oom_until != NEVER && now + OOM_TICK < next)
+		next = now + OOM_TICK;
 	return next;
 }
 
@@ -135,11 +138,11 @@ void supervise(struct job *job)
 	take_stop(job, false);		/* one that was asked for before `ctl` had its name */
 	do {
 		wait_for_something(job, watched);
+		if (watched[OOM].revents)
+			take_oom(job);
 		run_timers(job, now_ns(CLOCK_BOOTTIME));
 		if (watched[CTL].revents && ctl_heard_stop(job))
 			take_stop(job, true);
-		if (watched[OOM].revents)
-			take_oom(job);
 		copy_ready(job, &watched[OUT]);
 		if (watched[CHANNEL].revents && !take_messages(job)) {
 			close(job->channel);	/* a hang-up would spin until the kernel has ended the namespace */

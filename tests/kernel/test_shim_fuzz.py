@@ -1,0 +1,99 @@
+"""The item-list parser under random input, with the sanitizers watching: a clean refusal every time."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import jobrunner.shim
+from jobrunner.shim.launch import pack_plan, parse_report
+from tests.support.shim import ShimJob, run_launcher
+
+pytestmark = pytest.mark.requires("root", "command:cc")
+
+SOURCES = sorted(Path(jobrunner.shim.__file__).parent.glob("*.c"))
+KEYS = [
+    "dir",
+    "cgroup2-shim",
+    "cgroup1-job",
+    "oom-control",
+    "counter",
+    "hostname",
+    "cwd",
+    "merge",
+    "stop-signal",
+    "grace-ms",
+    "env",
+    "arg",
+]
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The helper with AddressSanitizer and UndefinedBehaviorSanitizer; any finding is fatal."""
+    binary = tmp_path_factory.mktemp("sanitized") / "jobrunner-shim"
+    compiler = shutil.which("cc")
+    assert compiler is not None
+    flags = ["-std=gnu11", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    subprocess.run([compiler, *flags, "-o", str(binary), *map(str, SOURCES)], check=True)
+    return binary
+
+
+def random_list(rng: random.Random, good: bytes) -> bytes:
+    """A list that is wrong somewhere: changed, cut, doubled, or made up."""
+    kind = rng.randrange(5)
+    raw = bytearray(good)
+    if kind == 0:
+        return rng.randbytes(rng.randrange(200))
+    if kind == 1:
+        items = [
+            b"jobrunner-launch=1",
+            *(f"{rng.choice(KEYS)}={rng.randbytes(rng.randrange(30))!r}".encode() for _ in range(rng.randrange(40))),
+        ]
+        return b"\0".join(items) + b"\0" * rng.randrange(3)
+    if kind == 2:
+        return bytes(raw[: rng.randrange(len(raw))])
+    if kind == 3:
+        items = good.split(b"\0")
+        rng.shuffle(items)
+        return b"\0".join(items)
+    for _ in range(rng.randrange(1, 8)):
+        raw[rng.randrange(len(raw))] = rng.randrange(256)
+    return bytes(raw)
+
+
+def test_random_lists_are_refused_or_started_and_never_misread(sanitized: Path, tmp_path: Path) -> None:
+    rng = random.Random(20250101)
+    job = ShimJob(tmp_path / "job")
+    # It claims nothing: `ctl` is there already, so that even a list that is still right ends at `claim`.
+    (job.directory / "ctl").touch()
+    counters = [("counter", "pids_peak 1 - /dev/null"), ("counter", "oom_kills 1 oom_kill /proc/self/status")]
+    good = pack_plan(job.plan("true", "x", cgroup_items=counters, timeout=1.0, open_files=10))
+    steps = set()
+    for number in range(400):
+        items = random_list(rng, good)
+        done = run_launcher(items, tmp_path, sanitized)
+        assert done.stderr == b"", (number, items, done.stderr.decode(errors="replace"))
+        assert done.returncode == 1, (number, items)
+        assert done.stdout.count(b"\n") == 1
+        steps.add(parse_report(done.stdout).step)
+    assert "args" in steps
+    assert steps <= {"args", "claim", "log", "cgroup"}
+
+
+def test_a_whole_job_is_clean_under_the_sanitizers(sanitized: Path, tmp_path: Path) -> None:
+    job = ShimJob(tmp_path / "job")
+    status = tmp_path / "numbers"
+    status.write_text("a 1\nb=2\n" * 1000)
+    items = [("counter", f"pids_peak 3 a {status}"), ("counter", f"read_ops 1 b {status}")]
+    plan = job.plan("sh", "-c", "echo out; echo err >&2; sleep 100", cgroup_items=items, segment_bytes=3, timeout=60)
+    assert job.launch(pack_plan(plan), sanitized).started
+    job.say(b"x" * 700 + b"\nhello\n")
+    job.stop(grace=5)
+    end = job.wait()
+    assert (end.cause.name, end.pids_peak, end.read_ops) == ("STOPPED", 3000, 2000)
+    assert job.output() in (b"out\nerr\n", b"err\nout\n", b"out\n", b"")

@@ -11,7 +11,7 @@ SHIM := jobrunner/shim/jobrunner-shim
 SHIM_SOURCES := $(wildcard jobrunner/shim/*.c jobrunner/shim/*.h)
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: help venv shim lock proto check format test demo clean
+.PHONY: help venv shim lock proto check format test demo bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -55,6 +55,9 @@ demo: ## the original design's examples, over mutual TLS; needs root
 	@test "$$(id -u)" = 0 || { echo "cannot run the demo: jobs need root (namespaces, cgroups); run: sudo make demo" >&2; exit 1; }
 	@$(MAKE) --no-print-directory venv
 	@scripts/demo.sh $(BIN)
+
+bench: venv ## measure; tables here, figures in build/bench.json; needs root and bwrap
+	$(BIN)/python -m tests.bench --out build/bench.json
 
 clean: ## remove what was made
 	rm -rf $(VENV) $(SHIM) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

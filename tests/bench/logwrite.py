@@ -1,0 +1,53 @@
+"""What it costs a job that its output is kept: into the log, next to into `cat > file`, both as jobs with the same limits."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from jobrunner import JobSpec, Limits
+from jobrunner.runner import JobRunner
+from tests.bench.report import Cell, Part, Sizes
+
+__all__ = ["log_writing"]
+
+LIMITS = Limits(cpus=2, read_bps=10**11, write_bps=10**11)
+
+
+async def log_writing(runner: JobRunner, scratch: Path, sizes: Sizes) -> Part:
+    """A flood in large writes, and one in writes of a byte."""
+    kinds = {
+        f"head -c {sizes.flood_bytes >> 20}MiB": (f"head -c {sizes.flood_bytes} /dev/zero", sizes.flood_bytes),
+        f"{sizes.single_bytes} writes of 1 byte": (
+            f"dd if=/dev/zero bs=1 count={sizes.single_bytes} status=none",
+            sizes.single_bytes,
+        ),
+    }
+    rows: list[list[Cell]] = []
+    figures = {}
+    for name, (command, size) in kinds.items():
+        log, cat, index = [], [], 0
+        for _ in range(sizes.floods):
+            wall, index = await _run(runner, command, size)
+            log.append(wall)
+            file = scratch / "flood"
+            cat.append((await _run(runner, f"{command} | cat > {file}", 0))[0])
+            if file.stat().st_size != size:
+                raise RuntimeError(f"{file} has {file.stat().st_size} bytes")
+            file.unlink()
+        taken = {"into_log_s": statistics.median(log), "into_cat_s": statistics.median(cat)}
+        figures[name] = taken | {"speed_of_cat": taken["into_cat_s"] / taken["into_log_s"], "index_bytes": index}
+        rows.append([name, taken["into_cat_s"] / taken["into_log_s"], *taken.values(), index / size])
+    header = ["", "speed / into cat", "into the log, s", "into cat, s", "index / output"]
+    return Part("log_writing", "Writing output", header, rows, figures)
+
+
+async def _run(runner: JobRunner, command: str, size: int) -> tuple[float, int]:
+    """Seconds of the job's life by its shim, and the size of its log's index."""
+    job = await runner.start(JobSpec("sh", ("-c", command), limits=LIMITS))
+    info = await job.wait()
+    if info.exit_code != 0 or info.log_end != size or info.usage.wall is None:
+        raise RuntimeError(f"{command}: {info}")
+    index = sum(file.stat().st_size for file in (runner.state.directory(job.job_id) / "log").glob("*.idx"))
+    await runner.remove(job.job_id)
+    return info.usage.wall, index

@@ -9,6 +9,7 @@ operations per second. Every other module imports these values and none sets a s
 from __future__ import annotations
 
 import enum
+import functools
 import re
 import signal as signals
 from collections.abc import Mapping
@@ -240,10 +241,16 @@ def _check_text(name: str, text: str) -> None:
 def signal_number(name: str) -> int:
     """The number of a signal given as `TERM`, `SIGTERM` or `15`; InvalidRequest if it is none or cannot stop a job."""
     text = name.upper().removeprefix("SIG")
-    number = int(text) if text.isascii() and text.isdigit() and len(text) < 4 else getattr(signals, f"SIG{text}", 0)
-    if not isinstance(number, int) or number not in signals.valid_signals() or number in (signals.SIGSTOP, signals.SIGCHLD):
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 4 else signals.Signals.__members__.get(f"SIG{text}", 0)
+    if number not in _stopping_signals():
         raise InvalidRequest("stop_signal", f"{name!r} is no signal that a job can be stopped with")
     return int(number)
+
+
+@functools.cache
+def _stopping_signals() -> frozenset[int]:
+    """Numbers; kept, because `valid_signals` makes 64 enum members each time it is asked."""
+    return frozenset(map(int, signals.valid_signals())) - {signals.SIGSTOP, signals.SIGCHLD}
 
 
 def signal_name(number: int) -> str:

@@ -133,6 +133,7 @@ class RunnerJob:
     def mark_ended(self, ending: Ending) -> None:
         """Everything is settled: let everyone who waits, and every reader at the end, know."""
         self._job.end(ending)
+        self._runner.alive.discard(self.job_id)
         self._ended.set()
         self._runner.inotify.wake(str(self._log.directory))
 
@@ -146,6 +147,8 @@ class JobRunner:
         self.cgroups = cgroups
         self.inotify = inotify
         self.chunks = ChunkCache()
+        self.alive: set[str] = set()
+        """Ids of the jobs that have not ended; counted at every start, where walking through all that are kept would cost."""
         self._jobs: dict[str, RunnerJob] = {}
         self._requests: dict[tuple[str, str], tuple[str, asyncio.Future[RunnerJob]]] = {}
         self._starting = 0
@@ -182,7 +185,7 @@ class JobRunner:
     @property
     def running(self) -> int:
         """How many jobs run now."""
-        return sum(not job.ended for job in self._jobs.values())
+        return len(self.alive)
 
     def get(self, job_id: str) -> RunnerJob:
         """The job of this id. Raises JobNotFound."""
@@ -270,6 +273,7 @@ class JobRunner:
         """Take a job whose shim was started, now or by a server before this one, and watch it to its end."""
         job = RunnerJob(record, self, cgroup, started)
         self._jobs[job.job_id] = job
+        self.alive.add(job.job_id)
         job.shim = sandbox.ShimHandle.open(self.state.directory(job.job_id))
         watcher = asyncio.get_running_loop().create_task(self._watch(job))
         self._watchers.add(watcher)

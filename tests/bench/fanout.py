@@ -3,65 +3,82 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
 from jobrunner import JobSpec, Limits
 from jobrunner.client import JobClient
 from tests.bench.report import Part, Sizes, quantiles
-from tests.bench.server import Server
+from tests.bench.server import Server, cpu_of
 
 __all__ = ["delay", "fanout"]
 
 MB = 1_000_000
 PROCESSES = 4
 TICKER = "import os, sys, time\nfor _ in range(int(sys.argv[1])): os.write(1, b'%d\\n' % time.time_ns()); time.sleep(0.005)"
+Process = asyncio.subprocess.Process
 
 
 async def fanout(server: Server, client: JobClient, sizes: Sizes) -> Part:
-    """The same log to 1, 8 and 64 followers at once; all of them count."""
-    spec = JobSpec("head", ("-c", str(sizes.log_bytes), "/dev/zero"), limits=Limits(cpus=2, write_bps=10**10))
+    """The same log to 1, 8 and 64 followers at once, all of which count; in turn with as many bytes from asyncio's TLS alone."""
+    size = sizes.log_bytes
+    spec = JobSpec("head", ("-c", str(size), "/dev/zero"), limits=Limits(cpus=2, write_bps=10**10))
     job = await client.start(spec)
     await job.wait()
-    figures: dict[str, Any] = {"log_bytes": sizes.log_bytes}
+    files = [str(server.files()[name]) for name in ("ca", "cert", "key")]
+    plain = await _spawn("tests.bench.plain", "serve", files[0], *_server_files(server), str(size))
+    assert plain.stdout is not None
+    plain_address = (await plain.stdout.readline()).decode().strip()
+    figures: dict[str, Any] = {"log_bytes": size}
     rows = []
-    for count in sizes.followers:
-        wall, cpu = await _read(server, job.job_id, count, sizes.log_bytes)
-        megabytes = count * sizes.log_bytes / MB
-        found = {"mb_per_s": megabytes / wall, "server_cpu_ms_per_mb": cpu * 1000 / megabytes, "server_cpu_share": cpu / wall}
-        figures[str(count)] = found
-        rows.append([count, *found.values()])
-    header = ["followers", "MB/s in all", "server CPU-ms/MB", "server CPU/wall"]
-    return Part("fanout", f"Fan-out of a log of {sizes.log_bytes >> 20} MiB", header, rows, figures)
+    try:
+        for count in sizes.followers:
+            of_tls = await _read(plain.pid, count, size, "tests.bench.plain", "read", plain_address, *files)
+            found = await _read(server.process.pid, count, size, "tests.bench.follower", server.address, *files, job.job_id)
+            ratios = {f"{key}_of_tls": found[key] / of_tls[key] for key in ("mb_per_s", "server_cpu_ms_per_mb")}
+            figures[str(count)] = found | ratios
+            rows.append([count, *ratios.values(), *found.values()])
+    finally:
+        plain.kill()
+        await plain.communicate()
+    header = ["followers", "MB/s / TLS alone", "CPU per MB / TLS alone", "MB/s in all", "server CPU-ms/MB", "server CPU/wall"]
+    return Part("fanout", f"Fan-out of a log of {size >> 20} MiB", header, rows, figures)
 
 
-async def _read(server: Server, job_id: str, count: int, size: int) -> tuple[float, float]:
-    """Seconds of wall and of the server's CPU that it takes until the last follower has all."""
-    files = server.files()
+def _server_files(server: Server) -> Sequence[str]:
+    return [str(server.certs / name) for name in ("server.pem", "server.key")]
+
+
+async def _spawn(*module: str) -> Process:
+    root = Path(__file__).parents[2]
+    return await asyncio.create_subprocess_exec(sys.executable, "-m", *module, stdin=PIPE, stdout=PIPE, cwd=root, env=os.environ)
+
+
+async def _read(pid: int, count: int, size: int, *reader: str) -> dict[str, float]:
+    """What it takes until the last of them has all; `pid` is the server's."""
     shares = [count // PROCESSES + (number < count % PROCESSES) for number in range(PROCESSES)]
-    command = [sys.executable, "-m", "tests.bench.follower", server.address, *(str(files[name]) for name in ("ca", "cert", "key"))]
-    processes = [
-        await asyncio.create_subprocess_exec(*command, job_id, str(share), str(size), stdin=PIPE, stdout=PIPE)
-        for share in shares
-        if share
-    ]
+    processes = [await _spawn(*reader, str(share), str(size)) for share in shares if share]
     for process in processes:
         await _expect(process, b"ready\n")
-    begun, cpu = time.perf_counter(), server.cpu
+    begun, cpu = time.perf_counter(), cpu_of(pid)
     for process in processes:
         assert process.stdin is not None
         process.stdin.write(b"go\n")
     for process in processes:
         await _expect(process, b"read\n")
-    wall, cpu = time.perf_counter() - begun, server.cpu - cpu
+    wall, cpu = time.perf_counter() - begun, cpu_of(pid) - cpu
     for process in processes:
         await process.communicate()
-    return wall, cpu
+    megabytes = count * size / MB
+    return {"mb_per_s": megabytes / wall, "server_cpu_ms_per_mb": max(cpu, 0.01) * 1000 / megabytes, "server_cpu_share": cpu / wall}
 
 
-async def _expect(process: asyncio.subprocess.Process, line: bytes) -> None:
+async def _expect(process: Process, line: bytes) -> None:
     assert process.stdout is not None
     if (got := await process.stdout.readline()) != line:
         raise RuntimeError(f"a follower says {got!r}, not {line!r}")

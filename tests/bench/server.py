@@ -15,19 +15,13 @@ from jobrunner.shim import binary_path
 from tests.bench.limit import at_once
 from tests.support.daemon import ServerProcess
 
-__all__ = ["Server", "helpers_pss", "pss", "serving"]
+__all__ = ["Server", "cpu_of", "helpers_pss", "pss", "serving"]
 
 TICK = os.sysconf("SC_CLK_TCK")
 
 
 class Server(ServerProcess):
-    """With a client, and its own costs."""
-
-    @property
-    def cpu(self) -> float:
-        """Seconds of CPU that it has used (proc_pid_stat(5))."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICK
+    """Which knows what it costs."""
 
     @property
     def rss(self) -> int:
@@ -50,6 +44,12 @@ async def serving(directory: Path) -> AsyncIterator[tuple[Server, JobClient]]:
                     await at_once(16, len(running), lambda number: client.get(running[number]).stop(grace=0))
     finally:
         await anyio.to_thread.run_sync(server.end)
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of CPU that a process has used, to 10 ms (proc_pid_stat(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICK
 
 
 def pss(pid: int) -> int:

@@ -123,7 +123,8 @@ _Noreturn void init_main(const struct birth *birth)
 		give_up(birth, &why);
 	sigemptyset(&child);
 	sigaddset(&child, SIGCHLD);
-	kept[CHILDREN] = signalfd(-1, &child, SFD_CLOEXEC | SFD_NONBLOCK);	/* all signals are blocked since the shim's birth */
+	/* All signals are blocked since the shim's birth. */
+	kept[CHILDREN] = signalfd(-1, &child, SFD_CLOEXEC | SFD_NONBLOCK);
 	if (kept[CHILDREN] < 0) {
 		fail(&why, "init", errno, "signalfd");
 		give_up(birth, &why);

@@ -1,8 +1,8 @@
 /*
  * What the files of the helper share; main.c has the theory of operation.
  *
- * Times are nanoseconds of CLOCK_BOOTTIME, which runs on while the host sleeps, unless a name says `real`. Functions that can make a
- * start fail return 0, or -1 with the step and its errno in a struct report; the first failure is the one that is told.
+ * Times are nanoseconds of CLOCK_BOOTTIME, which runs on while the host sleeps, unless a name says `real`. Functions that can make
+ * a start fail return 0, or -1 with the step and its errno in a struct report; the first failure is the one that is told.
  */
 #ifndef JOBRUNNER_H
 #define JOBRUNNER_H

@@ -57,7 +57,8 @@ static int make_output(struct job *job, int writing[2], struct report *why)
 		if (pipe2(ends, O_CLOEXEC) != 0)
 			return fail(why, "pipe", errno, "");
 		fcntl(ends[0], F_SETFL, O_NONBLOCK);
-		fcntl(ends[0], F_SETPIPE_SZ, PIPE_SIZE);	/* fewer, longer reads; refused past a user's quota, and that is no harm */
+		/* Fewer and longer reads; refused past a user's quota, and that is no harm. */
+		fcntl(ends[0], F_SETPIPE_SZ, PIPE_SIZE);
 		job->output[i] = ends[0];
 		writing[i] = ends[1];
 	}
@@ -229,7 +230,9 @@ _Noreturn void shim_main(struct plan *plan, const struct places *places, int ans
 	memset(job.record.counters, 0xff, sizeof job.record.counters);
 
 	leave_the_server(places);
-	bool claimed = enter_cgroups(places->cgroup1_shim, plan->cgroup1_shim, plan->n_cgroup1_shim, &why) == 0 && ctl_claim(&job, &why) == 0;
+	bool claimed = false;
+	if (enter_cgroups(places->cgroup1_shim, plan->cgroup1_shim, plan->n_cgroup1_shim, &why) == 0)
+		claimed = ctl_claim(&job, &why) == 0;
 	if (!claimed || log_open(places->log, plan->segment_bytes, &why) != 0 || watch_oom(&job, &why) != 0 ||
 	    give_birth(&job, answer, &why) != 0)
 		give_up(&job, claimed, answer, &why);

@@ -12,7 +12,8 @@
 
 #include "jobrunner.h"
 
-#define LONGEST_WAIT (60 * 1000 * MS)	/* ppoll's own clock stands still while the host sleeps, so a timer is looked at this often */
+/* ppoll's own clock stands still while the host sleeps, so timers are looked at this often. */
+#define LONGEST_WAIT (60 * 1000 * MS)
 #define OOM_WAIT (1000 * MS)
 #define OOM_TICK (5 * MS)
 
@@ -68,9 +69,9 @@ bool take_messages(struct job *job)
 
 /*
  * v1 has no memory.oom.group: the kernel's eventfd tells that the job is out of memory, and we kill the rest of it. But the event
- * also comes when a cgroup above ours is out of memory, to every job below it, and then somebody else may be the one that the kernel
- * kills. So it is only a hint to look at our own count of kills, which grows a moment later, and a little longer where the CPU
- * limit holds the kernel's work back. Who cannot count believes the event.
+ * also comes when a cgroup above ours is out of memory, to every job below it, and then somebody else may be the one that the
+ * kernel kills. So it is only a hint to look at our own count of kills, which grows a moment later, and a little longer where the
+ * CPU limit holds the kernel's work back. Who cannot count believes the event.
  */
 static void take_oom(struct job *job)
 {

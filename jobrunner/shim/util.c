@@ -75,12 +75,12 @@ pid_t spawn(uint64_t flags, int cgroup2, int *pidfd)
 	return (pid_t)syscall(SYS_clone3, &args, sizeof args);
 }
 
-/* A clone3 that failed: the errors of CLONE_INTO_CGROUP say that the cgroup cannot be entered, the others that there is no child. */
+/* A clone3 that failed: CLONE_INTO_CGROUP has errors of its own, the others say that there may be no child. */
 int spawn_failed(int cgroup2, const char *path, const char *what, struct report *why)
 {
 	const int error = errno;
-	const bool cgroup = cgroup2 >= 0 && (error == EBADF || error == EBUSY || error == EOPNOTSUPP || error == EACCES || error == ENODEV);
-	return cgroup ? fail(why, "cgroup", error, path) : fail(why, "clone", error, what);
+	const bool refused = error == EBADF || error == EBUSY || error == EOPNOTSUPP || error == EACCES || error == ENODEV;
+	return cgroup2 >= 0 && refused ? fail(why, "cgroup", error, path) : fail(why, "clone", error, what);
 }
 
 /* `0` in a v1 `tasks` file moves the writer itself and waits for no RCU grace period, as a pid in cgroup.procs would. */

@@ -76,15 +76,25 @@ def test_no_grace_kills_at_once(job: ShimJob) -> None:
     assert (end.cause, end.wait_status) == (Cause.STOPPED, signal.SIGKILL)
 
 
-def test_a_later_stop_may_only_bring_the_kill_nearer(job: ShimJob) -> None:
-    job.shell(DEAF)
+def test_a_later_stop_may_bring_the_kill_nearer(job: ShimJob) -> None:
+    job.shell("trap 'echo term' TERM; echo ready; while :; do sleep 0.02; done")
     job.wait_output(b"ready")
+    job.stop(grace=60)
+    job.wait_output(b"term")
     before = time.monotonic()
-    job.stop(grace=60)
     job.stop(grace=0.3)
-    job.stop(grace=60)
     job.wait()
-    assert 0.3 <= time.monotonic() - before < 2
+    assert 0.3 <= time.monotonic() - before < 5
+
+
+def test_a_later_stop_does_not_put_the_kill_off(job: ShimJob) -> None:
+    job.shell("trap 'echo term' TERM; echo ready; while :; do sleep 0.02; done")
+    job.wait_output(b"ready")
+    job.stop(grace=0.5)
+    job.wait_output(b"term")
+    job.stop(grace=60)
+    job.wait(10)
+    assert job.output().count(b"term") == 1, "and sends no second signal"
 
 
 def test_a_shutdown_is_told_as_such(job: ShimJob) -> None:

@@ -30,12 +30,16 @@ OF_CONTROLLER = {
 OF_V1 = {"io": "blkio"}
 SAMPLE = Limits(cpus=1.0, memory=64 << 20, pids=64, read_bps=1 << 30, write_bps=1 << 30, read_iops=100_000, write_iops=100_000)
 """Applied where the configuration has no default: what a job may ask for."""
-SERVER_LEAF = re.compile(r"/jobrunner-[0-9a-f]{8}/server")
+SERVER_LEAF = re.compile(r"/jobrunner-[^/]+/server$")
 
 _V2 = "boot with systemd.unified_cgroup_hierarchy=1 (cgroup v2)"
 _CONTROLLER = (
     "on the host: mkdir -p /sys/fs/cgroup/{0} && mount -t cgroup -o {0} cgroup /sys/fs/cgroup/{0} (for memory perhaps with "
     "cgroup_enable=memory on the kernel's command line); docker: --privileged; or name the limit in allow_missing"
+)
+_V2_CONTROLLER = (
+    "systemd: Delegate=yes, and {0} in the cgroup.subtree_control of every cgroup above; where cgroup v1 holds it: boot with "
+    "cgroup_no_v1=all systemd.unified_cgroup_hierarchy=1; or name the limit in allow_missing"
 )
 _UNIFIED = "Linux 5.14 or later; beside v1: mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified"
 _SWAP = "boot with swapaccount=1, or swapoff -a"
@@ -60,7 +64,7 @@ def limits_apply(host: CgroupHost, needs: Needs) -> list[Finding]:
         host.create(JOB_ID, needs.defaults, disk.disks_under([existing(needs.state_dir), "/"]), needs.allow_missing).remove()
     except LimitNotApplied as exc:
         controller = next(name for name, limits in OF_CONTROLLER.items() if exc.limit in limits)
-        return [_lacking(controller, exc)]
+        return [_lacking(host, controller, exc)]
     except HostError as exc:
         return [from_error("cgroup", exc)]
     return []
@@ -84,7 +88,7 @@ def _apply(host: CgroupHost, needs: Needs, controller: str, name: str, disks: li
     try:
         cgroup = host.create(JOB_ID, limits, disks, (), {name})
     except LimitNotApplied as exc:
-        return _not_applied(controller, name, exc, needs, disks)
+        return _not_applied(host, controller, name, exc, needs, disks)
     except HostError as exc:
         return from_error(title, exc)
     try:
@@ -93,8 +97,10 @@ def _apply(host: CgroupHost, needs: Needs, controller: str, name: str, disks: li
         cgroup.remove()
 
 
-def _not_applied(controller: str, name: str, exc: LimitNotApplied, needs: Needs, disks: list[disk.Disk]) -> Finding:
-    found = _lacking(controller, exc)
+def _not_applied(
+    host: CgroupHost, controller: str, name: str, exc: LimitNotApplied, needs: Needs, disks: list[disk.Disk]
+) -> Finding:
+    found = _lacking(host, controller, exc)
     if controller == "io" and not any(one.device for one in disks):
         # A default of disk I/O is not kept where there is no disk; every other one stops each job that starts.
         return replace(found, level=Level.LIMITED, remedy=_DISK)
@@ -102,8 +108,10 @@ def _not_applied(controller: str, name: str, exc: LimitNotApplied, needs: Needs,
     return replace(found, level=Level.LIMITED) if optional else found
 
 
-def _lacking(controller: str, exc: LimitNotApplied) -> Finding:
+def _lacking(host: CgroupHost, controller: str, exc: LimitNotApplied) -> Finding:
     what, _, remedy = exc.message.partition("; ")
+    if host.version == "v2" and what.endswith("controller is not there"):
+        remedy = _V2_CONTROLLER.format(controller)
     return Finding(Level.MISSING, f"cgroup {controller}", what, remedy or _CONTROLLER.format(OF_V1.get(controller, controller)))
 
 

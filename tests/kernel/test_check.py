@@ -78,6 +78,15 @@ def test_a_line_of_text_has_level_name_and_what() -> None:
     assert "ok       root: effective user id 0\n" in done.stdout
 
 
+@pytest.mark.skipif(not ON_V1, reason="a v2 tree without controllers is to be had where v1 holds them")
+def test_a_v2_tree_without_controllers_is_told() -> None:
+    code, found = check("for m in $(grep -o ' /sys/fs/cgroup/[^ ]* cgroup ' /proc/mounts | cut -d' ' -f2); do umount -l $m; done")
+    lacking = {name for name, finding in found.items() if name.startswith("cgroup ") and finding["level"] == "missing"}
+    assert (code, lacking) == (3, {"cgroup cpu", "cgroup memory", "cgroup pids", "cgroup io"})
+    assert found["cgroup"]["what"] == "v2, can be written to"
+    assert "pids in the cgroup.subtree_control" in found["cgroup pids"]["remedy"]
+
+
 def test_a_read_only_cgroup_tree_is_told() -> None:
     code, found = check(READ_ONLY_CGROUPS)
     assert code == 3

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,8 @@ MAX_PERIOD = 1_000_000
 IO_KEYS = {"read_bps": "rbps", "write_bps": "wbps", "read_iops": "riops", "write_iops": "wiops"}
 MAX_IOPS = (1 << 32) - 2
 """io.max takes 32 bits of operations; all ones means no limit."""
+SERVER_LEAF = re.compile(r"/jobrunner-[^/]+/server$")
+"""Where a server that had to make room has moved to. One that is opened after it by the same process starts above that, not in it."""
 SWAP = "memory: swap is not limited, the kernel does not account it (boot with swapaccount=1)"
 
 
@@ -95,7 +98,7 @@ class CgroupV2Host:
 
     def __init__(self, mount: CgroupMount, own: str, parent: str, base_name: str) -> None:
         """Makes BASE and hands the controllers down to it. HostError, with the remedy, if the tree cannot be written to."""
-        top = Path(mount.directory(parent or own.removesuffix(f"/{base_name}/server") or "/"))
+        top = Path(mount.directory(parent or SERVER_LEAF.sub("", own) or "/"))
         base = top / base_name
         self._jobs = base / "jobs"
         kernfs.make(self._jobs, exist_ok=True)

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
-from jobrunner.errors import OffsetOutOfRange, WouldBlock
+from jobrunner.errors import JobNotFound, OffsetOutOfRange, WouldBlock
 from jobrunner.job import Gap, JobInfo, Stream
 from jobrunner.log.segments import (
     BLOCK,
@@ -122,6 +122,8 @@ class LogReader(OutputReader):
     def next_nowait(self) -> Chunk | Gap | None:
         if self.end is not None or self._closed:
             return None
+        if self._thread is not None:
+            raise WouldBlock  # a wait that was cancelled left its read under way: `__anext__` takes it up
         ended = self._log.owner.ended
         part = self._advance_now(nowait=False)
         if isinstance(part, Chunk | Gap):
@@ -136,9 +138,14 @@ class LogReader(OutputReader):
         self._closed = True
         if self._thread is not None and not self._thread.done():
             # A cancelled reader's thread may still read: the files are closed after it, or it would read a stranger's.
-            self._thread.add_done_callback(lambda _: self._release())
+            self._thread.add_done_callback(self._release_after)
         else:
             self._release()
+
+    def _release_after(self, thread: asyncio.Future[Chunk | Gap | _Step]) -> None:
+        if not thread.cancelled():
+            thread.exception()  # nobody waits for it any more
+        self._release()
 
     def _release(self) -> None:
         if self._segment is not None:
@@ -159,19 +166,28 @@ class LogReader(OutputReader):
                 raise OffsetOutOfRange(self._log.owner.job_id, self.offset, end)
 
     async def _advance(self) -> Chunk | Gap | _Step:
-        """The next part, read on the loop if memory holds it and in a thread if not."""
-        try:
-            return self._advance_now(nowait=True)
-        except BlockingIOError:
-            loop = asyncio.get_running_loop()
-            self._thread = loop.run_in_executor(None, self._advance_now, False)
-            self._thread.add_done_callback(lambda done: done.cancelled() or done.exception())  # told even if nobody waits any more
-            return await asyncio.shield(self._thread)
+        """The next part, read on the loop if memory holds it and in a thread if not.
+
+        A wait that is cancelled leaves the thread at its read. What it reads is the next part all the same, and nobody else may
+        read meanwhile: the next call takes it up.
+        """
+        if self._thread is None:
+            try:
+                return self._advance_now(nowait=True)
+            except BlockingIOError:
+                self._thread = asyncio.get_running_loop().run_in_executor(None, self._advance_now, False)
+        thread = self._thread
+        await asyncio.wait((thread,))  # which, unlike awaiting it, does not cancel it
+        self._thread = None
+        return thread.result()
 
     def _advance_now(self, nowait: bool) -> Chunk | Gap | _Step:
         part: Chunk | Gap | _Step = _Step.MOVED
-        while part is _Step.MOVED:
-            part = self._read(self._segment, nowait) if self._segment else self._open(nowait)
+        try:
+            while part is _Step.MOVED:
+                part = self._read(self._segment, nowait) if self._segment else self._open(nowait)
+        except FileNotFoundError as exc:
+            raise JobNotFound(self._log.owner.job_id) from exc  # removed under this reader
         return part
 
     def _open(self, nowait: bool) -> Gap | _Step:
@@ -219,16 +235,25 @@ class LogReader(OutputReader):
             return self._leave(segment, nowait)
         if record.kind == END:
             return _Step.END
-        if record.kind != DATA or STREAMS[record.stream] not in self._streams:
+        if record.kind != DATA or STREAMS[record.stream] not in self._streams or record.end <= self.offset:
+            # The last: a reader ahead of the live end, that was overtaken while it looked for its place.
             self.offset, self._number = max(self.offset, record.end), self._number + 1
             return _Step.MOVED
         entry = self._log.cache.get(self._log.owner.job_id, self.offset)
         if entry is None:
             entry = self._assemble(segment, record, nowait)
+            if not entry[0].data:
+                return self._miss(record)
             self._log.cache.put(self._log.owner.job_id, *entry)
         chunk, self._number = entry
         self.offset = chunk.next_offset
         return chunk
+
+    def _miss(self, record: Record) -> Gap:
+        """The index covers what is not there: the host crashed before the bytes were on disk, and after the index was."""
+        first, self.offset = self.offset, record.end
+        self._number += 1
+        return Gap(first, record.end - 1, "lost")
 
     def _assemble(self, segment: Segment, first: Record, nowait: bool) -> tuple[Chunk, int]:
         """The chunk at the offset, and the number of the record that the byte after it is in."""
@@ -241,10 +266,12 @@ class LogReader(OutputReader):
             number, last = number + 1, record
         stop = min(last.end, border)
         data = segment.data(self.offset, stop - self.offset, nowait)
-        if len(data) < stop - self.offset:
-            raise OSError(f"cannot read log of job {self._log.owner.job_id}: its index covers {stop} and its data does not")
         chunk = Chunk(STREAMS[first.stream], data, self.offset, first.time_ns / 1e9)
-        return chunk, number if last.end > border else number + 1
+        if len(data) < stop - self.offset:  # after a crash of the host: what is there, and `_miss` for the rest
+            number = segment.find(chunk.next_offset, nowait)
+        elif last.end <= border:
+            number += 1
+        return chunk, number
 
     def _leave(self, segment: Segment, nowait: bool) -> Gap | _Step:
         """No further record here: go on in the segment after this one, if there is one."""

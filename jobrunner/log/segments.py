@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,19 +152,22 @@ class ChunkCache:
     def __init__(self, limit: int = CACHE_BYTES) -> None:
         self._limit = limit
         self._size = 0
+        self._lock = threading.Lock()  # readers come from the loop and from threads
         self._entries: OrderedDict[tuple[str, int], tuple[Chunk, int]] = OrderedDict()
 
     def get(self, log: str, offset: int) -> tuple[Chunk, int] | None:
-        entry = self._entries.get((log, offset))
-        if entry is not None:
-            self._entries.move_to_end((log, offset))
-        return entry
+        with self._lock:
+            entry = self._entries.get((log, offset))
+            if entry is not None:
+                self._entries.move_to_end((log, offset))
+            return entry
 
     def put(self, log: str, chunk: Chunk, next_record: int) -> None:
         key = (log, chunk.offset)
-        old = self._entries.pop(key, None)
-        self._size += len(chunk.data) - (len(old[0].data) if old else 0)
-        self._entries[key] = (chunk, next_record)
-        while self._size > self._limit:
-            _, (dropped, _) = self._entries.popitem(last=False)
-            self._size -= len(dropped.data)
+        with self._lock:
+            old = self._entries.pop(key, None)
+            self._size += len(chunk.data) - (len(old[0].data) if old else 0)
+            self._entries[key] = (chunk, next_record)
+            while self._size > self._limit:
+                _, (dropped, _) = self._entries.popitem(last=False)
+                self._size -= len(dropped.data)

@@ -19,6 +19,7 @@ __all__ = ["page"]
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
 MAX_BYTES = 1 << 20
+MAX_CURSOR = 256
 """Of one page, and one job more: clients take messages of 4 MiB."""
 JOBS = b"\x0a"
 NEXT_CURSOR = b"\x12"
@@ -85,7 +86,9 @@ def _write_cursor(position: Position) -> str:
 
 def _read_cursor(cursor: str) -> Position:
     try:
+        if len(cursor) > MAX_CURSOR:
+            raise ValueError("too long")
         created, job_id = json.loads(base64.urlsafe_b64decode(cursor.encode()))
         return float(created), str(job_id)
-    except (ValueError, TypeError) as exc:
+    except (ValueError, TypeError, OverflowError, RecursionError) as exc:
         raise InvalidRequest("cursor", "it is not from an answer of this server", verb="list jobs") from exc

@@ -17,6 +17,9 @@ __all__ = ["MalformedMessage", "StrictCodec", "check_message", "payloads"]
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 MAX_DEPTH = 32
 """Messages within messages; ours are four deep."""
+MAX_FIELDS = 65536
+MAX_UNKNOWN = 1000
+"""Fields in one message: betterproto2 takes time that grows with the square of the unknown ones, and of repeats of a plain one."""
 
 WIRE_TYPE = {
     **dict.fromkeys(betterproto2.WIRE_VARINT_TYPES, VARINT),
@@ -55,12 +58,19 @@ def check_message(data: bytes, message_type: type[Any], depth: int = 0) -> None:
         raise MalformedMessage(f"cannot parse {message_type.__name__}: more than {MAX_DEPTH} messages within each other")
     meta: betterproto2.ProtoClassMetadata = message_type._betterproto
     try:
-        at = 0
+        at = fields = unknown = 0
+        seen: set[str] = set()
         while at < len(data):
             number, wire_type, start, at = _next_field(data, at)
             name = meta.field_name_by_number.get(number)
+            fields += 1
+            # A plain field may come again, and the last counts; whoever makes use of that sends few of them.
+            unknown += name is None or (name in seen and not _may_repeat(meta.meta_by_field_name[name]))
+            if fields > MAX_FIELDS or unknown > MAX_UNKNOWN:
+                raise MalformedMessage(f"it has more than {MAX_FIELDS} fields, or {MAX_UNKNOWN} that are unknown or repeated")
             if name is None:
                 continue
+            seen.add(name)
             field = meta.meta_by_field_name[name]
             if wire_type != WIRE_TYPE[field.proto_type] and not _is_packed(field, wire_type, data, start, at):
                 raise MalformedMessage(f"field {name} has wire type {wire_type}")
@@ -70,6 +80,10 @@ def check_message(data: bytes, message_type: type[Any], depth: int = 0) -> None:
     except MalformedMessage as exc:
         text = str(exc)
         raise MalformedMessage(text if text.startswith("cannot") else f"cannot parse {message_type.__name__}: {text}") from None
+
+
+def _may_repeat(field: betterproto2.FieldMetadata) -> bool:
+    return bool(field.repeated) or field.proto_type == betterproto2.TYPE_MAP
 
 
 def payloads(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobrunner import Gap, JobInfo, JobStatus, Stream, WouldBlock
-from jobrunner.errors import OffsetOutOfRange
+from jobrunner.errors import JobNotFound, OffsetOutOfRange
 from jobrunner.linux.inotify import Inotify
 from jobrunner.log import ChunkCache, Log, LogReader
 from jobrunner.log.segments import BLOCK
@@ -202,6 +203,74 @@ async def test_next_line_nowait_says_whether_to_come_again(tmp_path: Path) -> No
         assert last is not None and (last.data, last.offset) == (b"two", 4)
         assert reader.next_line_nowait() is None
         await reader.aclose()
+
+
+async def test_waits_that_are_cancelled_lose_nothing(tmp_path: Path) -> None:
+    writer, owner = LogWriter(tmp_path / "log", segment_bytes=100), Owner()
+    data = b"".join(b"%06d\n" % number for number in range(3000))
+    for start in range(0, len(data), 70):
+        writer.write("stdout", data[start : start + 70])
+    writer.end()
+    owner.end()
+    got = b""
+    with open_log(writer.directory, owner) as log:
+        async with log.reader(0, True, set(Stream)) as reader:
+            for attempt in range(100_000):
+                waiting = asyncio.ensure_future(anext(reader))
+                for _ in range(attempt % 3):
+                    await asyncio.sleep(0)
+                if attempt % 10:  # now and then to its end, so that it comes to one
+                    waiting.cancel()
+                try:
+                    part = await waiting
+                except asyncio.CancelledError:
+                    continue
+                except StopAsyncIteration:
+                    break
+                assert isinstance(part, Chunk)
+                got += part.data
+    assert got == data
+
+
+async def test_a_reader_ahead_of_the_live_end_gets_nothing_before_its_offset(tmp_path: Path) -> None:
+    writer, owner = LogWriter(tmp_path / "log"), Owner()
+    writer.write("stdout", b"x" * 500)
+    with open_log(writer.directory, owner) as log:
+        async with log.reader(1000, True, set(Stream)) as reader:
+            following = asyncio.ensure_future(anext(reader))
+            for _ in range(6):
+                writer.write("stdout", b"y" * 100)
+                await asyncio.sleep(0.005)
+            with anyio.fail_after(5):
+                part = await following
+    assert isinstance(part, Chunk)
+    assert part.offset == 1000
+
+
+async def test_an_index_that_is_ahead_of_its_data_is_told_as_a_gap(tmp_path: Path) -> None:
+    writer, owner = LogWriter(tmp_path / "log"), Owner()
+    writer.write("stdout", b"0123456789")
+    writer.write("stdout", b"abcdefghij")
+    writer.end()
+    owner.end()
+    with writer.data.open("r+b") as file:
+        file.truncate(13)  # as a power loss leaves it, if the index was on disk first
+    with open_log(writer.directory, owner) as log:
+        parts = await collect(log.reader(0, True, set(Stream)))
+    assert text(parts) == b"0123456789abc"
+    assert parts[-1] == Gap(13, 19, "lost")
+
+
+async def test_a_log_that_is_removed_under_its_reader_is_not_found(tmp_path: Path) -> None:
+    writer, owner = LogWriter(tmp_path / "log", segment_bytes=10), Owner()
+    for _ in range(3):
+        writer.write("stdout", b"0123456789")
+    with open_log(writer.directory, owner) as log:
+        async with log.reader(0, True, set(Stream)) as reader:
+            await anext(reader)
+            shutil.rmtree(writer.directory)
+            with pytest.raises(JobNotFound):
+                await anext(reader)
 
 
 WRITES = st.lists(

@@ -130,6 +130,7 @@ def test_a_stop_that_cannot_be_read_is_the_jobs_own_signal_and_grace(job: ShimJo
 
 def test_lines_that_are_not_known_are_ignored_and_parts_of_lines_are_put_together(job: ShimJob) -> None:
     job.shell("echo ready; sleep 100")
+    job.wait_output(b"ready")  # the shim has looked for a stop of before the start
     job.write_stop(grace=60)
     for part in (b"hello\n", b"\n", b"stopp\n", b" stop\n", b"x" * 3000 + b"\n", b"\0stop\n", b"st"):
         job.say(part)

@@ -11,10 +11,10 @@ SHIM := jobrunner/shim/jobrunner-shim
 SHIM_SOURCES := $(wildcard jobrunner/shim/*.c jobrunner/shim/*.h)
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: help venv shim lock proto check format test demo bench clean
+.PHONY: help venv shim lock proto check format test test-docker demo bench clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 venv: $(STAMP) $(if $(SHIM_SOURCES),$(SHIM)) ## the environment, in .venv/
 
@@ -50,6 +50,9 @@ format: venv ## put the sources into the one format
 
 test: venv ## every test but the benchmarks; in CI a skip is a failure
 	JOBRUNNER_MUST_RUN=$(if $(filter true,$(CI)),1) $(BIN)/pytest $(TESTS)
+
+test-docker: venv ## the image and docker-compose.yml, built and run for real; needs root and Docker
+	scripts/test_docker.sh $(BIN)
 
 demo: ## the original design's examples, over mutual TLS; needs root
 	@test "$$(id -u)" = 0 || { echo "cannot run the demo: jobs need root (namespaces, cgroups); run: sudo make demo" >&2; exit 1; }

@@ -15,16 +15,21 @@
 
 #define MAX_MS INT64_C(1000000000000)	/* 31 years; in ns still far from overflow when it is added to a clock */
 #define MAX_NUMBER INT64_MAX
+#define MIN_OUTPUT (64 << 10)	/* job.py */
 
-enum kind { TEXT, PATH, NUMBER, TEXTS, ENV, ARG };
+enum kind { TEXT, PATH, NUMBER, CHOICE, TEXTS, ENV, ARG };
 
 struct key {
 	const char *name;
 	enum kind kind;
 	bool mandatory;
 	size_t offset, count_offset;	/* of the field, and of the count if it is an array */
-	int64_t low, high;		/* of a number, and the most items of an array */
+	int64_t low, high;		/* of a number; the most items of an array; which of CHOICES */
 };
+
+/* The field is 0 for the first word and 1 for the second. */
+enum { OUTPUT_POLICY, ON_WRITE_ERROR };
+static const char *const CHOICES[][2] = {[OUTPUT_POLICY] = {"drop-oldest", "stop"}, [ON_WRITE_ERROR] = {"continue", "stop"}};
 
 #define AT(type, field) offsetof(struct type, field)
 static const struct key PLAN_KEYS[] = {
@@ -43,6 +48,9 @@ static const struct key PLAN_KEYS[] = {
 	{"timeout-ms", NUMBER, false, AT(plan, timeout_ms), 0, 0, MAX_MS},
 	{"idle-timeout-ms", NUMBER, false, AT(plan, idle_timeout_ms), 0, 0, MAX_MS},
 	{"segment-bytes", NUMBER, true, AT(plan, segment_bytes), 0, 1, MAX_NUMBER},
+	{"output-limit", NUMBER, false, AT(plan, output_limit), 0, MIN_OUTPUT, MAX_NUMBER},
+	{"output-policy", CHOICE, false, AT(plan, limit_stops), 0, OUTPUT_POLICY, 0},
+	{"on-write-error", CHOICE, false, AT(plan, error_stops), 0, ON_WRITE_ERROR, 0},
 	{"open-files", NUMBER, false, AT(plan, open_files), 0, 0, MAX_NUMBER},
 	{"env", ENV, false, 0, 0, 0, 0},
 	{"arg", ARG, true, 0, 0, 0, 0},
@@ -77,6 +85,12 @@ static bool parse_number(const char *text, int64_t low, int64_t high, int64_t *n
 	return true;
 }
 
+static bool parse_choice(const char *const words[2], const char *text, int64_t *choice)
+{
+	*choice = strcmp(text, words[1]) == 0;
+	return *choice || strcmp(text, words[0]) == 0;
+}
+
 static bool store(const struct key *key, char *value, void *target, bool seen)
 {
 	void *field = (char *)target + key->offset;
@@ -95,6 +109,8 @@ static bool store(const struct key *key, char *value, void *target, bool seen)
 		return false;
 	if (key->kind == NUMBER)
 		return parse_number(value, key->low, key->high, field);
+	if (key->kind == CHOICE)
+		return parse_choice(CHOICES[key->low], value, field);
 	*(const char **)field = value;
 	return key->kind == TEXT || *value == '/';
 }
@@ -165,7 +181,8 @@ int plan_read(int fd, struct plan *plan, struct report *why)
 	char *list = mmap(NULL, MAX_LIST, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (list == MAP_FAILED)
 		return fail(why, "args", errno, "");
-	*plan = (struct plan){.list = list, .timeout_ms = -1, .idle_timeout_ms = -1, .open_files = -1};
+	*plan = (struct plan){.list = list, .timeout_ms = -1, .idle_timeout_ms = -1, .open_files = -1,
+			       .output_limit = -1};
 	lseek(fd, 0, SEEK_SET);		/* the writer of a memfd left it at its end; a pipe has no place to go to */
 	for (ssize_t n; (n = read(fd, list + size, MAX_LIST - size)) != 0;) {
 		if (n < 0 && errno != EINTR)

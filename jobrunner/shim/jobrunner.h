@@ -29,6 +29,7 @@ struct plan {
 	const char *cgroup1_shim[MAX_CGROUPS], *cgroup1_job[MAX_CGROUPS], *counters[MAX_COUNTERS];
 	int n_cgroup1_shim, n_cgroup1_job, n_counters;
 	int64_t merge, stop_signal, grace_ms, timeout_ms, idle_timeout_ms, segment_bytes, open_files;
+	int64_t output_limit, limit_stops, error_stops;	/* the last two: 1 if that ends the job */
 	char **argv, **env;
 	void *list, *vectors;		/* the memory behind all of it: */
 	size_t list_size, vectors_size;
@@ -36,7 +37,7 @@ struct plan {
 
 enum cause {
 	CAUSE_NONE, CAUSE_OWN_END, CAUSE_STOPPED, CAUSE_DEADLINE, CAUSE_IDLE_TIMEOUT, CAUSE_OUTPUT_LIMIT, CAUSE_SHUTDOWN,
-	CAUSE_OOM_KILLED, CAUSE_LOST
+	CAUSE_OOM_KILLED, CAUSE_LOST, CAUSE_LOG_ERROR
 };
 
 struct stop {
@@ -109,7 +110,7 @@ void counters_read(uint64_t counters[N_COUNTERS]);
 
 enum stream { STREAM_STDOUT = 1, STREAM_STDERR };
 
-int log_open(int dir, int64_t segment_bytes, struct report *why);
+int log_open(int dir, const struct plan *plan, struct report *why);
 void log_write(enum stream stream, const char *data, size_t size, int64_t real_ns);
 void log_sync(void);
 void log_end(int64_t real_ns);
@@ -117,6 +118,24 @@ uint64_t log_offset(void);
 uint64_t log_lost(void);
 
 /* ---- the processes */
+/* ---- retention.c: how much of it is kept */
+
+#define SEGMENT_NAME 24		/* 16 digits, `.idx`, NUL */
+
+struct index_record {
+	uint64_t end;
+	int64_t real_ns;
+	uint32_t kind, stream;
+	uint64_t lost;
+};
+_Static_assert(sizeof(struct index_record) == 32, "docs/formats.md, Log");
+
+void segment_names(uint64_t base, char data[SEGMENT_NAME], char index[SEGMENT_NAME]);
+void retention_open(int dir, int64_t limit, bool stops);
+size_t retention_room(size_t size, size_t records);
+void retention_begin(uint64_t base);
+void retention_grow(size_t size);
+
 
 /* What the launcher opens before anything is born: what can be refused is refused there. -1: none. */
 struct places {

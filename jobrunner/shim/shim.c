@@ -233,7 +233,7 @@ _Noreturn void shim_main(struct plan *plan, const struct places *places, int ans
 	bool claimed = false;
 	if (enter_cgroups(places->cgroup1_shim, plan->cgroup1_shim, plan->n_cgroup1_shim, &why) == 0)
 		claimed = ctl_claim(&job, &why) == 0;
-	if (!claimed || log_open(places->log, plan->segment_bytes, &why) != 0 || watch_oom(&job, &why) != 0 ||
+	if (!claimed || log_open(places->log, plan, &why) != 0 || watch_oom(&job, &why) != 0 ||
 	    give_birth(&job, answer, &why) != 0)
 		give_up(&job, claimed, answer, &why);
 

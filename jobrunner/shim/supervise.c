@@ -44,6 +44,14 @@ static void begin_stop(struct job *job, enum cause cause, int64_t signal, int64_
 		send(job->channel, &message, sizeof message, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
+/* What the log says of the output: it is more than is kept, or cannot be written. */
+static void take_log(struct job *job)
+{
+	enum cause cause = log_cause();
+	if (cause != CAUSE_NONE)
+		begin_stop(job, cause, job->plan->stop_signal, job->plan->grace_ms);
+}
+
 static void take_stop(struct job *job, bool asked)
 {
 	struct stop stop;
@@ -145,6 +153,7 @@ void supervise(struct job *job)
 		if (watched[CTL].revents && ctl_heard_stop(job))
 			take_stop(job, true);
 		copy_ready(job, &watched[OUT]);
+		take_log(job);
 		if (watched[CHANNEL].revents && !take_messages(job)) {
 			close(job->channel);	/* a hang-up would spin until the kernel has ended the namespace */
 			job->channel = -1;

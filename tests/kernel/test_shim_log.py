@@ -45,7 +45,8 @@ def check_index(job: ShimJob, segment_bytes: int = 16 * MIB) -> None:
         assert record.time_ns > 0
         if number and record.base != records[number - 1].base:
             assert record.base == position, "a segment is named by the end of the one before"
-            assert position - records[number - 1].base >= segment_bytes, "and begun when that one was full"
+            files = (job.log / f"{records[number - 1].base:016x}", job.log / f"{records[number - 1].base:016x}.idx")
+            assert sum(file.stat().st_size for file in files) >= segment_bytes, "and begun when that one was full"
         position = record.end
     for base, following in zip(job.segments(), [*job.segments()[1:], position], strict=True):
         assert (job.log / f"{base:016x}").stat().st_size == following - base

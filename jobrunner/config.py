@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jobrunner.errors import ConfigError, InvalidRequest
-from jobrunner.job import Limits
+from jobrunner.job import Limits, OutputPolicy
 from jobrunner.units import parse_address, parse_duration, parse_size
 
 __all__ = ["DEFAULTS", "RunnerConfig", "ServerConfig", "load", "load_runner"]
@@ -26,11 +26,20 @@ PREFIX = "JOBRUNNERD_"
 CONFIG_VARIABLE = "JOBRUNNERD_CONFIG"
 STATE_DIR = Path("/var/lib/jobrunner")
 """Where a check looks if nothing says where jobs are kept; a server must be told."""
-DEFAULTS = Limits(cpus=1.0, memory=1 << 30, pids=512, read_bps=100_000_000, write_bps=100_000_000)
+DEFAULTS = Limits(
+    cpus=1.0,
+    memory=1 << 30,
+    pids=512,
+    read_bps=100_000_000,
+    write_bps=100_000_000,
+    output_limit=1 << 30,
+    output_policy=OutputPolicy.DROP_OLDEST,
+)
 NO_LIMITS = Limits()
 CGROUP_LIMITS = ("cpus", "memory", "pids", "read_bps", "write_bps", "read_iops", "write_iops")
 """The limits that a cgroup holds: a host may lack one of them."""
 ON_SHUTDOWN = ("keep", "stop")
+ON_WRITE_ERROR = ("continue", "stop")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _KUBERNETES = re.compile(r"JOBRUNNERD_(SERVICE_HOST|SERVICE_PORT.*|PORT(_.*)?)")
 """Set in every pod of a namespace that has a service named jobrunnerd; none of them is ours."""
@@ -51,6 +60,9 @@ class RunnerConfig:
     """Seconds between the stop signal and the kill, for jobs that do not say."""
     max_running: int = 1000
     segment_bytes: int = 16 << 20
+    """Size of a file of a job's log: dropped whole, so an eighth of the job's output limit at most, and a 64th at least."""
+    on_write_error: str = "continue"
+    """What becomes of a job whose output cannot be written: `continue` counts what is lost and tells it, `stop` ends the job."""
     allow_missing: tuple[str, ...] = ()
     """Names of limits that this host may lack, `read_bps` for instance."""
 
@@ -160,10 +172,17 @@ def _log_level(value: object) -> str:
     return _text(value).lower()
 
 
-def _on_shutdown(value: object) -> str:
-    if _text(value) not in ON_SHUTDOWN:
-        raise ValueError(f"{value!r} is none of {', '.join(ON_SHUTDOWN)}")
-    return _text(value)
+def _word(*words: str) -> Callable[[object], str]:
+    def checked(value: object) -> str:
+        if _text(value) not in words:
+            raise ValueError(f"{value!r} is none of {', '.join(words)}")
+        return _text(value)
+
+    return checked
+
+
+def _output_policy(value: object) -> OutputPolicy:
+    return OutputPolicy(_word(*OutputPolicy)(value))
 
 
 def _between(convert: Callable[[object], Any], low: float, high: float) -> Callable[[object], Any]:
@@ -183,6 +202,7 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "grace": _between(_seconds, 0, 86400),
     "max_running": _between(_whole, 1, 1_000_000),
     "segment_bytes": _between(_size, 4096, 1 << 40),
+    "on_write_error": _word(*ON_WRITE_ERROR),
     "allow_missing": _limit_names,
     "ca": _path,
     "cert": _path,
@@ -196,7 +216,7 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "max_streams_per_connection": _between(_whole, 1, 1_000_000),
     "send_timeout": _between(_seconds, 0.1, 86400),
     "log_level": _log_level,
-    "on_shutdown": _on_shutdown,
+    "on_shutdown": _word(*ON_SHUTDOWN),
     "shutdown_grace": _between(_seconds, 0, 86400),
 }
 """Every key, and how its value is read, from whichever place."""
@@ -212,8 +232,12 @@ LIMIT_KEYS: Mapping[str, Callable[[object], Any]] = {
     "open_files": _whole,
     "timeout": _seconds,
     "idle_timeout": _seconds,
+    "output_limit": _size,
 }
-"""The keys of `[defaults]` and `[ceilings]`. `none` means no limit."""
+"""The keys of `[ceilings]`. `none` means no limit."""
+
+DEFAULT_KEYS: Mapping[str, Callable[[object], Any]] = {**LIMIT_KEYS, "output_policy": _output_policy}
+"""The keys of `[defaults]`."""
 
 REQUIRED = ("state_dir", "ca", "cert", "key")
 
@@ -286,8 +310,9 @@ def _limits(what: str, given: Mapping[str, object]) -> dict[str, Limits]:
         unset = {key for key, value in table.items() if value == "none"}
         base = {field.name: getattr(DEFAULTS, field.name) for field in fields(Limits)} if name == "defaults" else {}
         given_values = {key: value for key, value in table.items() if key not in unset}
-        values = dict(_converted(what, given_values, LIMIT_KEYS, name_of=f"{name}.{{}}".format))
-        for key in unset - set(LIMIT_KEYS):
+        keys = DEFAULT_KEYS if name == "defaults" else LIMIT_KEYS
+        values = dict(_converted(what, given_values, keys, name_of=f"{name}.{{}}".format))
+        for key in unset - set(keys):
             raise ConfigError(what, f"{name}.{key}: is not known")
         try:
             tables[name] = Limits(**base | values | dict.fromkeys(unset))

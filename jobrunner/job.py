@@ -45,6 +45,8 @@ MAX_LABELS = 64
 MAX_SECONDS = 10 * 365 * 86400.0
 MAX_SIZE = 1 << 62
 MIN_MEMORY = 1 << 20
+MIN_OUTPUT = 1 << 16
+"""The shim writes and drops in eighths of the limit, and no less than 4 KiB at once."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _ENV_NAME = re.compile(r"[^=\0]+")
 
@@ -69,6 +71,7 @@ class EndReason(enum.StrEnum):
     DEADLINE = "deadline"
     IDLE_TIMEOUT = "idle_timeout"
     OUTPUT_LIMIT = "output_limit"
+    LOG_ERROR = "log_error"
     SHUTDOWN = "shutdown"
 
 
@@ -82,6 +85,7 @@ STATUS_OF: Mapping[EndReason, JobStatus] = MappingProxyType(
         EndReason.DEADLINE: JobStatus.TERMINATED,
         EndReason.IDLE_TIMEOUT: JobStatus.TERMINATED,
         EndReason.OUTPUT_LIMIT: JobStatus.TERMINATED,
+        EndReason.LOG_ERROR: JobStatus.TERMINATED,
         EndReason.SHUTDOWN: JobStatus.TERMINATED,
     }
 )
@@ -123,15 +127,16 @@ class Limits:
     idle_timeout: float | None = None
     """Seconds without output until the job is ended, reason `idle_timeout`."""
     output_limit: int | None = None
-    """Bytes of output kept."""
+    """Bytes of output kept on the server's disk, its index included."""
     output_policy: OutputPolicy | None = None
 
     def __post_init__(self) -> None:
         _check_number("limits.cpus", self.cpus, 0.01, 4096.0)
         _check_count("limits.memory", self.memory, MIN_MEMORY, MAX_SIZE)
         _check_count("limits.pids", self.pids, 2, 1 << 22)
-        for name in ("read_bps", "write_bps", "read_iops", "write_iops", "open_files", "tmp_size", "output_limit"):
+        for name in ("read_bps", "write_bps", "read_iops", "write_iops", "open_files", "tmp_size"):
             _check_count(f"limits.{name}", getattr(self, name), 1, MAX_SIZE)
+        _check_count("limits.output_limit", self.output_limit, MIN_OUTPUT, MAX_SIZE)
         _check_number("limits.timeout", self.timeout, 0.001, MAX_SECONDS)
         _check_number("limits.idle_timeout", self.idle_timeout, 0.001, MAX_SECONDS)
 
@@ -290,7 +295,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A part of the log that is not there: bytes `first` to `last`, both included. `reason` is `dropped` or `write_error`."""
+    """A part of the log that is not there: bytes `first` to `last`, both included.
+
+    `reason`: `dropped` to hold the output limit, `output_limit` past the one that ended the job, `write_error` (the disk was full).
+    """
 
     first: int
     last: int
@@ -307,6 +315,8 @@ class Ending:
     signal: int | None = None
     stopped_by: str = ""
     usage: Usage = field(default_factory=Usage)
+    log_end: int = 0
+    """Bytes the job wrote, by its shim's count: more than the log shows if the disk was full at the end. 0 if unknown."""
 
     @property
     def status(self) -> JobStatus:
@@ -396,7 +406,7 @@ class Job:
             missing=self.missing,
             usage=ending.usage if ending else usage,
             log_start=log_start,
-            log_end=log_end,
+            log_end=max(log_end, ending.log_end) if ending else log_end,
             stopped_by=ending.stopped_by if ending else "",
             message=self.message(),
         )
@@ -422,6 +432,10 @@ def describe(ending: Ending, limits: Limits) -> str:
         case EndReason.IDLE_TIMEOUT:
             return f"ended after {limits.idle_timeout} s without output{tail}"
         case EndReason.OUTPUT_LIMIT:
-            return f"ended at its output limit of {limits.output_limit} bytes{tail}"
+            how_to = "start it with a higher output limit, or with the output policy drop-oldest"
+            return f"ended at its output limit of {limits.output_limit} bytes{tail}; {how_to}"
+        case EndReason.LOG_ERROR:
+            how_to = "make room in the server's state directory, or configure on_write_error = continue"
+            return f"ended because its output could not be written{tail}; {how_to}"
         case EndReason.SHUTDOWN:
             return f"ended because the server was shut down{tail}"

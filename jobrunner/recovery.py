@@ -41,6 +41,7 @@ REASON_OF = {
 
 
 def ending_of(exit_record: ExitRecord | None, found: float, stopped_by: str) -> Ending:
+    Cause.LOG_ERROR: EndReason.LOG_ERROR,
     """How a job ended, by the record its shim left; `found` (seconds since the epoch) is when a job without one was found dead."""
     if exit_record is None or exit_record.state is not State.ENDED:
         return Ending(EndReason.LOST, found)
@@ -50,7 +51,7 @@ def ending_of(exit_record: ExitRecord | None, found: float, stopped_by: str) -> 
     own = EndReason.SIGNALED if signal is not None else EndReason.EXITED
     reason = REASON_OF.get(exit_record.cause, own)
     by = stopped_by if reason in (EndReason.STOPPED, EndReason.SHUTDOWN) else ""
-    return Ending(reason, exit_record.ended_ns / 1e9, exit_code, signal, by, usage_of(exit_record))
+    return Ending(reason, exit_record.ended_ns / 1e9, exit_code, signal, by, usage_of(exit_record), exit_record.log_end)
 
 
 def usage_of(exit_record: ExitRecord) -> Usage:

@@ -41,7 +41,7 @@ __all__ = ["JobRunner", "RunnerJob"]
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 NOT_BUILT = ("root", "writable", "user", "volumes", "workspace", "stdin")
-NOT_BUILT_LIMITS = ("tmp_size", "output_limit", "output_policy")
+NOT_BUILT_LIMITS = ("tmp_size",)
 GONE_AFTER_KILL = 5.0
 """Seconds that a killed tree may take to go away before a stop is told as failed."""
 

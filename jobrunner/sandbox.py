@@ -15,7 +15,7 @@ from typing import Self
 
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import StartFailed
-from jobrunner.job import signal_number
+from jobrunner.job import OutputPolicy, signal_number
 from jobrunner.linux import check
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup
 from jobrunner.record import JobRecord
@@ -99,8 +99,18 @@ def _plan(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerC
         timeout=limits.timeout,
         idle_timeout=limits.idle_timeout,
         open_files=limits.open_files,
-        segment_bytes=config.segment_bytes,
+        segment_bytes=_segment_bytes(limits.output_limit, config.segment_bytes),
+        output_limit=limits.output_limit,
+        output_policy=limits.output_policy or OutputPolicy.DROP_OLDEST,
+        on_write_error=config.on_write_error,
     )
+
+
+def _segment_bytes(output_limit: int | None, configured: int) -> int:
+    """An eighth of the limit at most, because segments are dropped whole; a 64th at least, because the shim counts each."""
+    if output_limit is None:
+        return configured
+    return max(min(output_limit // 8, configured), output_limit // 64)
 
 
 class ShimHandle:

@@ -32,6 +32,7 @@ class Cause(enum.IntEnum):
     SHUTDOWN = 6
     OOM_KILLED = 7
     LOST = 8
+    LOG_ERROR = 9
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,12 +112,12 @@ enum stream { STREAM_STDOUT = 1, STREAM_STDERR };
 
 int log_open(int dir, const struct plan *plan, struct report *why);
 void log_write(enum stream stream, const char *data, size_t size, int64_t real_ns);
+enum cause log_cause(void);
 void log_sync(void);
 void log_end(int64_t real_ns);
 uint64_t log_offset(void);
 uint64_t log_lost(void);
 
-/* ---- the processes */
 /* ---- retention.c: how much of it is kept */
 
 #define SEGMENT_NAME 24		/* 16 digits, `.idx`, NUL */
@@ -136,6 +136,7 @@ size_t retention_room(size_t size, size_t records);
 void retention_begin(uint64_t base);
 void retention_grow(size_t size);
 
+/* ---- the processes */
 
 /* What the launcher opens before anything is born: what can be refused is refused there. -1: none. */
 struct places {

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from jobrunner.job import OutputPolicy
 from jobrunner.shim.items import pack_items
 
 __all__ = ["LaunchPlan", "Report", "pack_plan", "parse_report"]
@@ -30,6 +31,12 @@ class LaunchPlan:
     idle_timeout: float | None = None
     open_files: int | None = None
     segment_bytes: int = 16 << 20
+    """The shim makes segments no larger than an eighth of `output_limit`."""
+    output_limit: int | None = None
+    """Bytes of the log on disk, data and index together; None keeps everything."""
+    output_policy: OutputPolicy = OutputPolicy.DROP_OLDEST
+    on_write_error: str = "continue"
+    """`continue`, or `stop`: the first byte that cannot be written ends the job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +57,10 @@ def pack_plan(plan: LaunchPlan) -> bytes:
     for key, seconds in (("timeout-ms", plan.timeout), ("idle-timeout-ms", plan.idle_timeout)):
         if seconds is not None:
             items.append((key, _milliseconds(seconds)))
-    if plan.open_files is not None:
-        items.append(("open-files", str(plan.open_files)))
+    for key, number in (("open-files", plan.open_files), ("output-limit", plan.output_limit)):
+        if number is not None:
+            items.append((key, str(number)))
+    items += [("output-policy", plan.output_policy), ("on-write-error", plan.on_write_error)]
     items += [("env", f"{name}={value}") for name, value in plan.env.items()]
     items += [("arg", arg) for arg in plan.command]
     return pack_items("jobrunner-launch", items)

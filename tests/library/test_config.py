@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import pytest
 
 from jobrunner.config import DEFAULTS, KEYS, LIMIT_KEYS, RunnerConfig, ServerConfig, load
 from jobrunner.errors import ConfigError
-from jobrunner.job import Limits
+from jobrunner.job import Limits, OutputPolicy
 
+CGROUP_DEFAULTS = Limits(cpus=1, memory=1 << 30, pids=512, read_bps=100_000_000, write_bps=100_000_000)
 GIVEN = {"state_dir": "/state", "ca": "/ca", "cert": "/cert", "key": "/key"}
 
 
@@ -30,7 +31,7 @@ def test_defaults() -> None:
         cert=Path("/cert"),
         key=Path("/key"),
     )
-    assert config.runner.defaults == Limits(cpus=1, memory=1 << 30, pids=512, read_bps=100_000_000, write_bps=100_000_000)
+    assert config.runner.defaults == DEFAULTS
     assert config.runner.ceilings == Limits()
     assert config.address == ("127.0.0.1", 7443)
 
@@ -77,7 +78,7 @@ def test_limits_are_tables_over_the_defaults(tmp_path: Path) -> None:
     config = from_file(
         tmp_path, '[defaults]\nmemory = "64MiB"\nwrite_bps = "none"\ntimeout = "1h"\n[ceilings]\ncpus = 8\nmemory = "2G"\n'
     )
-    assert config.runner.defaults == Limits(memory=64 << 20, timeout=3600.0).over(Limits(cpus=1, pids=512, read_bps=100_000_000))
+    assert config.runner.defaults == replace(DEFAULTS, memory=64 << 20, write_bps=None, timeout=3600.0)
     assert config.runner.ceilings == Limits(cpus=8, memory=2 * 10**9)
 
 
@@ -113,6 +114,10 @@ def test_limits_have_the_types_of_their_fields(tmp_path: Path) -> None:
         ("max_running = 0", "max_running: 0 is not between"),
         ("viewer_output = 1", "viewer_output: 1 is neither true nor false"),
         ("allow_missing = ['disk']", "allow_missing: 'disk' is none of cpus"),
+        ("on_write_error = 'retry'", "on_write_error: 'retry' is none of continue, stop"),
+        ("[defaults]\noutput_limit = '10k'", "defaults.output_limit: 10000 is not between 65536"),
+        ("[defaults]\noutput_policy = 'loud'", "defaults.output_policy: 'loud' is none of drop-oldest, stop"),
+        ("[ceilings]\noutput_policy = 'stop'", "ceilings.output_policy: is not known"),
         ("log_level = 'loud'", "log_level: 'loud' is none of"),
         ("state_dir = ''", "state_dir: is empty"),
         ("x = ", "Invalid value"),
@@ -142,4 +147,10 @@ def test_other_places_are_named_too(environ: dict[str, str], overrides: dict[str
 
 
 def test_the_defaults_are_what_the_documents_promise() -> None:
-    assert Limits(cpus=1.0, memory=1 << 30, pids=512, read_bps=100_000_000, write_bps=100_000_000) == DEFAULTS
+    assert Limits(output_limit=1 << 30, output_policy=OutputPolicy.DROP_OLDEST).over(CGROUP_DEFAULTS) == DEFAULTS
+
+
+def test_the_output_policy_is_a_default(tmp_path: Path) -> None:
+    config = from_file(tmp_path, 'on_write_error = "stop"\n[defaults]\noutput_policy = "stop"\noutput_limit = "64MiB"\n').runner
+    assert (config.defaults.output_policy, config.defaults.output_limit) == (OutputPolicy.STOP, 64 << 20)
+    assert config.on_write_error == "stop"

@@ -19,6 +19,7 @@ STATUS = {
     "deadline": "terminated",
     "idle_timeout": "terminated",
     "output_limit": "terminated",
+    "log_error": "terminated",
     "shutdown": "terminated",
 }
 

@@ -79,7 +79,7 @@ def _left(tmp_path: Path) -> tuple[list[str], list[str], int]:
         ("root", JobSpec("true", root="x")),
         ("network", JobSpec("true", network="host")),
         ("stdin", JobSpec("true", stdin=True)),
-        ("limits.output_limit", JobSpec("true", limits=Limits(output_limit=1))),
+        ("limits.tmp_size", JobSpec("true", limits=Limits(tmp_size=1))),
     ],
 )
 async def test_what_is_not_offered_is_refused_and_named(tmp_path: Path, field: str, spec: JobSpec) -> None:

@@ -67,6 +67,8 @@ def start_or_run(
     open_files: submit.OpenFiles = None,
     timeout: submit.Timeout = None,
     idle_timeout: submit.IdleTimeout = None,
+    output_limit: submit.OutputLimit = None,
+    output_policy: submit.OutputPolicy = None,
     stop_signal: submit.StopSignal = "TERM",
     grace: submit.Grace = None,
     merge: submit.Merge = False,
@@ -84,6 +86,8 @@ def start_or_run(
         open_files=open_files,
         timeout=timeout,
         idle_timeout=idle_timeout,
+        output_limit=output_limit,
+        output_policy=output_policy,
     )
     spec = submit.spec(
         command, env, label, grace, limits, name, cwd=cwd, stop_signal=stop_signal, merge=merge, request_id=request_id

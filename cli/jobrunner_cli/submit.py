@@ -10,6 +10,7 @@ import typer
 
 from jobrunner.errors import InvalidRequest
 from jobrunner.job import JobSpec, Limits
+from jobrunner.job import OutputPolicy as Policy
 from jobrunner.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ __all__ = [
     "Merge",
     "Name",
     "OpenFiles",
+    "OutputLimit",
+    "OutputPolicy",
     "Pids",
     "ReadBps",
     "ReadIops",
@@ -61,6 +64,8 @@ WriteIops = Annotated[Text, typer.Option(metavar="NUMBER", help="Writes per seco
 OpenFiles = Annotated[Text, typer.Option(metavar="NUMBER", help="Open file descriptors of one process.")]
 Timeout = Annotated[Text, typer.Option(metavar="DURATION", help="Ends the job after this time, such as 90s or 1h30m.")]
 IdleTimeout = Annotated[Text, typer.Option(metavar="DURATION", help="Ends the job after this time without output.")]
+OutputLimit = Annotated[Text, typer.Option(metavar="SIZE", help="Output kept on the server's disk.")]
+OutputPolicy = Annotated[Text, typer.Option(metavar="drop-oldest|stop", help="What happens past the output limit.")]
 StopSignal = Annotated[str, typer.Option(metavar="SIGNAL", help="The signal that asks the job to end.")]
 Grace = Annotated[Text, typer.Option(metavar="DURATION", help="Time between the stop signal and the kill.")]
 Merge = Annotated[bool, typer.Option("--merge", help="Both streams as one, in exact order.")]
@@ -86,7 +91,7 @@ def spec(
 
 def limits(**texts: Text) -> Limits:
     """Limits from the texts of their options, by the fields' names."""
-    return Limits(**{name: _parsed(f"limits.{name}", _PARSERS[name], text) for name, text in texts.items()})  # type: ignore[arg-type]
+    return Limits(**{name: _parsed(f"limits.{name}", _PARSERS[name], text) for name, text in texts.items()})
 
 
 def duration(field: str, text: Text, verb: str = "start job") -> float | None:
@@ -144,7 +149,13 @@ def _decimal(text: str) -> float:
         raise ValueError(f"{text[:64]!r} is no number") from None
 
 
-_PARSERS: dict[str, Callable[[str], float]] = {
+def _policy(text: str) -> Policy:
+    if text not in list(Policy):
+        raise ValueError(f"{text[:64]!r} is not one of {', '.join(Policy)}")
+    return Policy(text)
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
     "cpus": _decimal,
     "memory": parse_size,
     "pids": _integer,
@@ -155,4 +166,6 @@ _PARSERS: dict[str, Callable[[str], float]] = {
     "open_files": _integer,
     "timeout": parse_duration,
     "idle_timeout": parse_duration,
+    "output_limit": parse_size,
+    "output_policy": _policy,
 }

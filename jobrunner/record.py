@@ -86,20 +86,22 @@ class StateDir:
         directory = self.directory(record.job_id)
         directory.mkdir(mode=0o700)
         (directory / "log").mkdir(mode=0o700)
-        # Order: the marker comes first, so that no directory with a job.json is ever taken for a settled job's.
+        # Order: the marker comes first, on disk too, so that no directory with a job.json is ever taken for a settled job's.
         (self.running / record.job_id).touch(mode=0o600)
+        _sync_directory(self.running)
         write_durably(directory / "job.json", json.dumps(_to_json(record)).encode())
-        for parent in (self.running, self.jobs):
-            _sync_directory(parent)
+        _sync_directory(self.jobs)
 
     def load(self, job_id: str) -> JobRecord:
-        """Read job.json. RecordError if it is not there, or is not what this version understands."""
+        """Read job.json. FileNotFoundError if there is none; RecordError if it is not what this version understands."""
         path = self.directory(job_id) / "job.json"
         try:
             raw = json.loads(path.read_bytes())
             if raw["version"] != VERSION:
                 raise RecordError(f"cannot read {path}: its version is {raw['version']}, this server knows {VERSION}")
             return _from_json(raw)
+        except FileNotFoundError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, JobRunnerError) as exc:
             raise exc if isinstance(exc, RecordError) else RecordError(f"cannot read {path}: {exc!r}") from exc
 
@@ -116,10 +118,19 @@ class StateDir:
         self.settle(job_id)
 
     def write_stop(self, job_id: str, request: StopRequest) -> None:
-        """Make a stop durable. Who asked first stays who stopped the job."""
+        """Make a stop durable. A later one only shortens the first one's grace period."""
         before = self.read_stop(job_id)
-        by = before.by if before else request.by
-        write_durably(self.directory(job_id) / "stop", pack_stop(replace(request, by=by)))
+        if before is not None:
+            request = replace(before, grace=min(before.grace, request.grace))
+        write_durably(self.directory(job_id) / "stop", pack_stop(request))
+
+    def claim(self, job_id: str) -> bool:
+        """Make `ctl`, so that a shim that has not made it yet never starts the job. False if a shim was first."""
+        try:
+            os.mkfifo(self.directory(job_id) / "ctl", 0o600)
+        except FileExistsError:
+            return False
+        return True
 
     def read_stop(self, job_id: str) -> StopRequest | None:
         """The stop that was asked for, None if there was none."""

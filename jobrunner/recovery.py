@@ -2,18 +2,21 @@
 
 The rules, for a job whose marker says that it is not settled:
 
-    job.json unreadable                    told in the log and left alone
-    job.json, no ctl                       the shim never made itself known: recovery makes ctl itself, and the start never happens
-    ctl with a reader                      runs: adopted
-    ctl without a reader, exit record ended   settled by the record
-    ctl without a reader, no such record   the shim is gone: what is left of the job is killed, and it is `lost`
+    no job.json                              a crash while it was made or removed: what is left is removed
+    job.json unreadable                      told in the log and left alone, with whatever may run of it
+    no ctl                                   no shim made itself known yet: recovery makes ctl itself, and the start never happens
+    ctl with a reader                        runs: adopted
+    ctl without a reader, exit record ended  settled by the record
+    ... start failed, or no exit record      nothing was executed: removed
+    ... exit record running, or damaged      the shim was killed: what is left of the job is killed, and it is `lost`
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio.to_thread
@@ -23,9 +26,10 @@ from jobrunner.record import RecordError
 from jobrunner.shim.exitrecord import Cause, ExitRecord, State, read_exit
 
 if TYPE_CHECKING:
+    from jobrunner.handle import RunnerJob
     from jobrunner.linux.cgroup import JobCgroup
     from jobrunner.record import JobRecord
-    from jobrunner.runner import JobRunner, RunnerJob
+    from jobrunner.runner import JobRunner
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +41,11 @@ REASON_OF = {
     Cause.SHUTDOWN: EndReason.SHUTDOWN,
     Cause.OOM_KILLED: EndReason.OOM_KILLED,
     Cause.LOST: EndReason.LOST,
+    Cause.LOG_ERROR: EndReason.LOG_ERROR,
 }
 
 
 def ending_of(exit_record: ExitRecord | None, found: float, stopped_by: str) -> Ending:
-    Cause.LOG_ERROR: EndReason.LOG_ERROR,
     """How a job ended, by the record its shim left; `found` (seconds since the epoch) is when a job without one was found dead."""
     if exit_record is None or exit_record.state is not State.ENDED:
         return Ending(EndReason.LOST, found)
@@ -75,24 +79,63 @@ def _seconds(ns: int | None) -> float | None:
     return None if ns is None else ns / 1e9
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What is on disk of a job whose shim is gone."""
+
+    exit_record: ExitRecord | None
+    ran: bool
+    """False if its start failed, or never came to executing anything: an `exit` is there before the command is let go."""
+    found: float
+    """When it was found dead, if no record tells when it ended; seconds since the epoch."""
+    stopped_by: str
+    bounds: tuple[int, int]
+
+    def ending(self) -> Ending:
+        return ending_of(self.exit_record, self.found, self.stopped_by)
+
+
+def look(runner: JobRunner, job: RunnerJob, settling: bool) -> Left:
+    """Read it all. A job that is settled without a record of its end gets the time of now, for good."""
+    path = runner.state.directory(job.job_id) / "exit"
+    exit_record = read_exit(path)
+    ended = exit_record is not None and exit_record.state is State.ENDED
+    if settling and not ended and path.exists():
+        os.utime(path)
+    failed = exit_record is not None and exit_record.state is State.FAILED
+    stop = runner.state.read_stop(job.job_id)
+    return Left(
+        exit_record,
+        ran=path.exists() and not failed,
+        found=path.stat().st_mtime if path.exists() else job.record.created,
+        stopped_by=stop.by if stop else job.stop_asked_by or "",
+        bounds=job.read_bounds(),
+    )
+
+
 async def settle(runner: JobRunner, job: RunnerJob) -> None:
     """The shim of a job is gone: see that nothing of the job is left, decide how it ended, and let everyone know."""
-    directory = runner.state.directory(job.job_id)
-    exit_record, found, by = await anyio.to_thread.run_sync(_read_end, runner, directory, job.job_id)
-    if job.cgroup is not None:
-        if exit_record is None or exit_record.state is not State.ENDED:
-            job.cgroup.kill()  # init has died with the shim; this takes what has not yet
-        if not await job.cgroup.removed():
-            logger.error("cannot remove cgroup of job %s: it is still busy", job.job_id)
-    await anyio.to_thread.run_sync(runner.state.settle, job.job_id)
-    job.mark_ended(ending_of(exit_record, found, by))
+    left = Left(None, True, time.time(), job.stop_asked_by or "", (0, 0))
+    try:
+        left = await anyio.to_thread.run_sync(look, runner, job, True)
+        await _clear(job, left.exit_record)
+        work = runner.state.settle if left.ran else runner.state.remove
+        await anyio.to_thread.run_sync(work, job.job_id)
+    except OSError as exc:
+        # Told as what is known now; recovery does after a restart what could not be done.
+        logger.error("cannot settle job %s: %s", job.job_id, exc)
+    if not left.ran:
+        runner.forget(job)
+    runner.end(job, left.ending(), left.bounds)
 
 
-def _read_end(runner: JobRunner, directory: Path, job_id: str) -> tuple[ExitRecord | None, float, str]:
-    path = directory / "exit"
-    stop = runner.state.read_stop(job_id)
-    found = path.stat().st_mtime if path.exists() else directory.stat().st_mtime
-    return read_exit(path), found, stop.by if stop else ""
+async def _clear(job: RunnerJob, exit_record: ExitRecord | None) -> None:
+    if job.cgroup is None:
+        return
+    if exit_record is None or exit_record.state is not State.ENDED:
+        job.cgroup.kill()  # init has died with the shim; this takes what has not yet
+    if not await job.cgroup.removed():
+        logger.error("cannot remove cgroup of job %s: it is still busy", job.job_id)
 
 
 async def recover(runner: JobRunner) -> None:
@@ -103,41 +146,37 @@ async def recover(runner: JobRunner) -> None:
     for job_id in sorted(found, key=lambda name: name not in running):
         try:
             record = await anyio.to_thread.run_sync(state.load, job_id)
+        except FileNotFoundError:  # a crash while it was made, or removed
+            await _remove(runner, runner.cgroups.reopen(job_id, {}), job_id)
         except RecordError as exc:
             logger.warning("%s; left alone", exc.message)
-            continue
-        await _take(runner, record, job_id in running)
+        else:
+            await _take(runner, record, job_id in running)
     for job_id in running - set(found):
         await anyio.to_thread.run_sync(state.settle, job_id)
-    known = {job.job_id for job in runner.list()}
-    for job_id in runner.cgroups.leftovers():
-        if job_id not in known:
-            await _sweep(runner.cgroups.reopen(job_id, {}))
+    # Those that were left alone may run: they are somebody's, if not ours.
+    for job_id in set(runner.cgroups.leftovers()) - set(found):
+        await _sweep(runner.cgroups.reopen(job_id, {}))
 
 
 async def _take(runner: JobRunner, record: JobRecord, unsettled: bool) -> None:
-    directory = runner.state.directory(record.job_id)
-    exit_record, found, by = await anyio.to_thread.run_sync(_read_end, runner, directory, record.job_id)
+    exit_record = await anyio.to_thread.run_sync(read_exit, runner.state.directory(record.job_id) / "exit")
     started = exit_record.started_ns / 1e9 if exit_record else record.created
     if not unsettled:
-        runner.remember_request(runner.adopt_settled(record, started, ending_of(exit_record, found, by)))
+        job = runner.adopt_settled(record, started)
+        left = await anyio.to_thread.run_sync(look, runner, job, False)
+        runner.end(job, left.ending(), left.bounds)
+    elif await anyio.to_thread.run_sync(runner.state.claim, record.job_id):
+        await _remove(runner, runner.cgroups.reopen(record.job_id, record.cgroup), record.job_id)
         return
-    cgroup = runner.cgroups.reopen(record.job_id, record.cgroup)
-    failed = exit_record is not None and exit_record.state is State.FAILED
-    if failed or await anyio.to_thread.run_sync(_claim, directory):
-        await _sweep(cgroup)
-        await anyio.to_thread.run_sync(runner.state.remove, record.job_id)
-        return
-    runner.remember_request(runner.adopt(record, cgroup, started))
+    else:
+        job = runner.adopt(record, runner.cgroups.reopen(record.job_id, record.cgroup), started)
+    runner.remember_request(job)
 
 
-def _claim(directory: Path) -> bool:
-    """Make `ctl`, so that a shim that has not made it yet never starts the job. False if a shim was first."""
-    try:
-        os.mkfifo(directory / "ctl", 0o600)
-    except FileExistsError:
-        return False
-    return True
+async def _remove(runner: JobRunner, cgroup: JobCgroup, job_id: str) -> None:
+    await _sweep(cgroup)
+    await anyio.to_thread.run_sync(runner.state.remove, job_id)
 
 
 async def _sweep(cgroup: JobCgroup) -> None:

@@ -18,7 +18,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -27,14 +27,14 @@ import anyio.to_thread
 
 from jobrunner import recovery, sandbox
 from jobrunner.config import RunnerConfig
-from jobrunner.errors import InvalidRequest, JobNotFound, JobRunnerError, LimitReached, RequestConflict, StopFailed
-from jobrunner.job import Ending, Job, JobInfo, JobSpec, JobStatus, Limits, Stream, Usage, signal_number
+from jobrunner.errors import InvalidRequest, JobNotFound, JobRunnerError, LimitReached, RequestConflict, StartFailed, Unavailable
+from jobrunner.handle import RunnerJob
+from jobrunner.job import Ending, JobSpec, Limits
 from jobrunner.linux import disk
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
 from jobrunner.linux.inotify import Inotify
-from jobrunner.log import ChunkCache, Log, LogReader
+from jobrunner.log import ChunkCache
 from jobrunner.record import JobRecord, StateDir, fingerprint
-from jobrunner.shim.stopfile import StopRequest
 
 __all__ = ["JobRunner", "RunnerJob"]
 
@@ -42,100 +42,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 NOT_BUILT = ("root", "writable", "user", "volumes", "workspace", "stdin")
 NOT_BUILT_LIMITS = ("tmp_size",)
-GONE_AFTER_KILL = 5.0
-"""Seconds that a killed tree may take to go away before a stop is told as failed."""
-
-
-class RunnerJob:
-    """A job of this host: the handle that `start` and `get` give."""
-
-    def __init__(self, record: JobRecord, runner: JobRunner, cgroup: JobCgroup | None, started: float) -> None:
-        self.job_id = record.job_id
-        self.record = record
-        self.cgroup = cgroup
-        self._job = Job(
-            record.job_id, record.spec, record.limits, record.user, record.node, record.created, started, record.missing
-        )
-        self.shim: sandbox.ShimHandle | None = None
-        self._runner = runner
-        self._ended = asyncio.Event()
-        self._stopping = asyncio.Lock()
-        self._log = Log(self, runner.state.directory(self.job_id) / "log", runner.chunks, runner.inotify.changed)
-
-    def __repr__(self) -> str:
-        return f"<RunnerJob {self.job_id} {self.status} {self.record.spec.command!r}>"
-
-    @property
-    def status(self) -> JobStatus:
-        """running, completed, failed or terminated."""
-        return self._job.status
-
-    @property
-    def ended(self) -> bool:
-        return self._ended.is_set()
-
-    def info(self) -> JobInfo:
-        """Everything known of the job now."""
-        usage = Usage() if self._job.ending or self.cgroup is None else self.cgroup.usage()
-        return self._job.info(usage, *self._log.bounds())
-
-    async def wait(self) -> JobInfo:
-        """Wait until the job has ended and all of it is gone."""
-        await self._ended.wait()
-        return self.info()
-
-    async def stop(self, *, grace: float | None = None, by: str = "") -> JobInfo:
-        """End the job: its stop signal, `grace` seconds (the job's own grace period if None), then the kill of its whole tree.
-
-        Returns as soon as the job is gone. Stopping a job that has ended is no error. Cancelling the call does not take the stop
-        back. Raises StopFailed if the tree is not gone 5 s after the kill.
-        """
-        spec = self.record.spec
-        seconds = next(value for value in (grace, spec.grace, self._runner.config.grace) if value is not None)
-        if not 0 <= seconds <= 86400:
-            raise InvalidRequest("grace", f"{seconds} is not between 0 and 86400", verb=f"stop job {self.job_id}")
-        return await self._end("stopped", seconds, by)
-
-    async def end_with_server(self, grace: float, by: str) -> JobInfo:
-        """As `stop`, told as `shutdown`; `grace` shortens the job's own grace period and never extends it."""
-        own = self._runner.config.grace if self.record.spec.grace is None else self.record.spec.grace
-        return await self._end("shutdown", min(own, grace), by)
-
-    async def _end(self, reason: str, seconds: float, by: str) -> JobInfo:
-        if not self.ended:
-            request = StopRequest(reason=reason, signal=signal_number(self.record.spec.stop_signal), grace=seconds, by=by)
-            await self._runner.finish(self._ask_to_stop(request))
-            try:
-                async with asyncio.timeout(seconds + GONE_AFTER_KILL):
-                    await self._ended.wait()
-            except TimeoutError as exc:
-                why = f"its processes are not gone {GONE_AFTER_KILL:g} s after the kill (uninterruptible sleep?)"
-                raise StopFailed(self.job_id, why) from exc
-        return self.info()
-
-    async def _ask_to_stop(self, request: StopRequest) -> None:
-        # One at a time: each replaces the file. Whoever asked first stopped it; later ones can only shorten the grace period.
-        async with self._stopping:
-            # Order: the file first, durably, then the line. A stop that was asked for holds even if this server dies in between.
-            await anyio.to_thread.run_sync(self._runner.state.write_stop, self.job_id, request)
-        if self.shim is not None:
-            self.shim.send(b"stop\n")
-
-    def log(self, offset: int = 0, *, follow: bool = True, streams: Collection[Stream] = tuple(Stream)) -> LogReader:
-        """A reader of the job's output from a byte offset on; with `follow` it ends with the job, otherwise with what is there.
-
-        Raises InvalidRequest for a negative offset; the reader raises OffsetOutOfRange past the end of an ended log.
-        """
-        if offset < 0:
-            raise InvalidRequest("offset", f"{offset} is negative", verb="read log")
-        return self._log.reader(offset, follow, streams)
-
-    def mark_ended(self, ending: Ending) -> None:
-        """Everything is settled: let everyone who waits, and every reader at the end, know."""
-        self._job.end(ending)
-        self._runner.alive.discard(self.job_id)
-        self._ended.set()
-        self._runner.inotify.wake(str(self._log.directory))
+REACH_AGAIN = 1.0
+"""Seconds between attempts to reach a shim that could not be reached for want of file descriptors, say."""
+FINISH_TIMEOUT = 5.0
+"""Seconds that what is half done gets to finish when the runner is closed; recovery does the rest."""
 
 
 class JobRunner:
@@ -147,9 +57,10 @@ class JobRunner:
         self.cgroups = cgroups
         self.inotify = inotify
         self.chunks = ChunkCache()
-        self.alive: set[str] = set()
-        """Ids of the jobs that have not ended; counted at every start, where walking through all that are kept would cost."""
         self._jobs: dict[str, RunnerJob] = {}
+        # Ids of the jobs that have not ended: counted at every start, where walking through all that are kept would cost.
+        self._alive: set[str] = set()
+        self._closing = False
         self._requests: dict[tuple[str, str], tuple[str, asyncio.Future[RunnerJob]]] = {}
         self._starting = 0
         self._watchers: set[asyncio.Task[None]] = set()
@@ -185,7 +96,7 @@ class JobRunner:
     @property
     def running(self) -> int:
         """How many jobs run now."""
-        return len(self.alive)
+        return len(self._alive)
 
     def get(self, job_id: str) -> RunnerJob:
         """The job of this id. Raises JobNotFound."""
@@ -204,26 +115,26 @@ class JobRunner:
         The same `spec.request_id` of the same user gives the same job again. Raises InvalidRequest, LimitReached, RequestConflict,
         and StartFailed with the step and the reason; then nothing is left of it.
         """
+        key = (user, spec.request_id)
+        if spec.request_id and key in self._requests:
+            known, job = self._requests[key]
+            if known != fingerprint(spec):
+                raise RequestConflict(spec.request_id)
+            return await asyncio.shield(job)
         limits = self._check(spec)
-        if not spec.request_id:
-            return await self.finish(self._start(spec, limits, user))
-        key, digest = (user, spec.request_id), fingerprint(spec)
-        if key not in self._requests:
-            starting = self._spawn(self._start(spec, limits, user))
-            self._requests[key] = (digest, starting)
-            starting.add_done_callback(lambda done: self._forget_failed(key, done))
-        known, job = self._requests[key]
-        if known != digest:
-            raise RequestConflict(spec.request_id)
-        return await asyncio.shield(job)
+        self._starting += 1  # Order: in the same step as the check, or starts at once would pass the bound together
+        starting = self._spawn(self._start(spec, limits, user))
+        starting.add_done_callback(lambda done: self._start_is_over(key, done))
+        if spec.request_id:
+            self._requests[key] = (fingerprint(spec), starting)
+        return await asyncio.shield(starting)
 
     async def remove(self, job_id: str) -> None:
         """Remove an ended job's record and log. Raises JobNotFound, and InvalidRequest if it still runs."""
         job = self.get(job_id)
         if not job.ended:
             raise InvalidRequest("job_id", f"job {job_id} is running", verb="remove job")
-        del self._jobs[job_id]
-        self._requests.pop((job.record.user, job.record.spec.request_id), None)
+        self.forget(job)
         await self.finish(anyio.to_thread.run_sync(self.state.remove, job_id))
 
     def _check(self, spec: JobSpec) -> Limits:
@@ -238,31 +149,45 @@ class JobRunner:
                 raise InvalidRequest(f"limits.{name}", "this server does not offer it")
         limits = spec.limits.over(self.config.defaults)
         limits.check_ceilings(self.config.ceilings)
+        if self._closing:
+            raise Unavailable("cannot start job: the server is shutting down")
         if self.running + self._starting >= self.config.max_running:
             raise LimitReached("start job", "max_running", f"{self.config.max_running} jobs are running")
         return limits
 
     async def _start(self, spec: JobSpec, limits: Limits, user: str) -> RunnerJob:
-        job_id = secrets.token_hex(6)
-        while job_id in self._jobs:
-            job_id = secrets.token_hex(6)
-        self._starting += 1
-        cgroup: JobCgroup | None = None
+        job_id = self._new_id()
+        cgroup = self._make_cgroup(job_id, spec, limits)
+        created, node = time.time(), self.config.node
+        record = JobRecord(job_id, spec, limits, user, node, created, fingerprint(spec), cgroup.paths, cgroup.missing)
         try:
-            cgroup = self._make_cgroup(job_id, spec, limits)
-            record = JobRecord(
-                job_id, spec, limits, user, self.config.node, time.time(), fingerprint(spec), cgroup.paths, cgroup.missing
-            )
             await anyio.to_thread.run_sync(self.state.create, record)
+        except OSError as exc:
+            await self._undo(job_id, cgroup)
+            raise StartFailed(spec.command, "record", exc.errno or 0) from exc
+        # From here on a start that is cut short is recovery's: it alone can tell whether the job runs.
+        try:
             started = await sandbox.launch(record, cgroup, self.state.directory(job_id), self.config)
-            return self.adopt(record, cgroup, started)
-        except BaseException:
-            if cgroup is not None:
-                await cgroup.removed()
-            await anyio.to_thread.run_sync(self.state.remove, job_id)
+        except StartFailed:
+            await self._undo(job_id, cgroup)
             raise
-        finally:
-            self._starting -= 1
+        except sandbox.LauncherLost as exc:
+            if await anyio.to_thread.run_sync(self.state.claim, job_id):
+                cgroup.kill()
+                await self._undo(job_id, cgroup)
+                raise StartFailed(spec.command, "launcher", 0, "it was killed") from exc
+            started = created
+        return self.adopt(record, cgroup, started)
+
+    def _new_id(self) -> str:
+        while True:
+            job_id = secrets.token_hex(6)
+            if job_id not in self._jobs and not self.state.directory(job_id).exists():
+                return job_id
+
+    async def _undo(self, job_id: str, cgroup: JobCgroup) -> None:
+        await cgroup.removed()
+        await anyio.to_thread.run_sync(self.state.remove, job_id)
 
     def _make_cgroup(self, job_id: str, spec: JobSpec, limits: Limits) -> JobCgroup:
         explicit = {f.name for f in fields(Limits) if getattr(spec.limits, f.name) is not None}
@@ -273,20 +198,29 @@ class JobRunner:
         """Take a job whose shim was started, now or by a server before this one, and watch it to its end."""
         job = RunnerJob(record, self, cgroup, started)
         self._jobs[job.job_id] = job
-        self.alive.add(job.job_id)
-        job.shim = sandbox.ShimHandle.open(self.state.directory(job.job_id))
-        watcher = asyncio.get_running_loop().create_task(self._watch(job))
+        self._alive.add(job.job_id)
+        watcher = asyncio.get_running_loop().create_task(self._watch(job, self._reach(job)))
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
         watcher.add_done_callback(_tell_unexpected)
         return job
 
-    def adopt_settled(self, record: JobRecord, started: float, ending: Ending) -> RunnerJob:
-        """Take a job that had ended and was settled before this server started."""
+    def adopt_settled(self, record: JobRecord, started: float) -> RunnerJob:
+        """Take a job that had ended and was settled before this server started; the caller marks it as ended."""
         job = RunnerJob(record, self, None, started)
         self._jobs[job.job_id] = job
-        job.mark_ended(ending)
         return job
+
+    def end(self, job: RunnerJob, ending: Ending, bounds: tuple[int, int]) -> None:
+        """The job has ended, and nothing of it is left but its record and its log, which has these bounds."""
+        self._alive.discard(job.job_id)
+        job.mark_ended(ending, bounds)
+
+    def forget(self, job: RunnerJob) -> None:
+        """The job turned out never to have run, or is removed."""
+        self._jobs.pop(job.job_id, None)
+        self._alive.discard(job.job_id)
+        self._requests.pop((job.record.user, job.record.spec.request_id), None)
 
     def remember_request(self, job: RunnerJob) -> None:
         """A request id of a job that was found at start-up still gives that job."""
@@ -295,7 +229,21 @@ class JobRunner:
             done.set_result(job)
             self._requests[job.record.user, job.record.spec.request_id] = (job.record.fingerprint, done)
 
-    async def _watch(self, job: RunnerJob) -> None:
+    def _reach(self, job: RunnerJob) -> bool:
+        """Open the job's `ctl`; False if that failed, which says nothing about the shim."""
+        try:
+            job.shim = sandbox.ShimHandle.open(self.state.directory(job.job_id))
+        except OSError as exc:
+            logger.error("cannot reach shim of job %s: %s; trying again", job.job_id, exc.strerror)
+            return False
+        return True
+
+    async def _watch(self, job: RunnerJob, reached: bool) -> None:
+        while not reached:
+            await asyncio.sleep(REACH_AGAIN)
+            reached = self._reach(job)
+            if reached and job.shim is not None and job.stop_asked_by is not None:
+                job.shim.send(b"stop\n")  # it was asked for while nobody could be told
         if job.shim is not None:
             await job.shim.gone()
             job.shim.close()
@@ -312,27 +260,28 @@ class JobRunner:
         task.add_done_callback(_tell_unexpected)
         return task
 
-    def _forget_failed(self, key: tuple[str, str], task: asyncio.Task[RunnerJob]) -> None:
-        if task.cancelled() or task.exception() is not None:
-            self._requests.pop(key, None)
+    def _start_is_over(self, key: tuple[str, str], task: asyncio.Task[RunnerJob]) -> None:
+        self._starting -= 1
+        known = self._requests.get(key)
+        if known is not None and known[1] is task and (task.cancelled() or task.exception() is not None):
+            del self._requests[key]
 
     async def settled(self) -> None:
         """Wait until every start, stop, end and removal that is under way now is done."""
         if self._unfinished:
-            await asyncio.wait(self._unfinished, timeout=GONE_AFTER_KILL)
+            await asyncio.wait(self._unfinished, timeout=FINISH_TIMEOUT)
 
     async def stop_all(self, *, grace: float, by: str = "") -> None:
         """End every job that runs, because the server ends: each has its own grace period, but at most `grace` seconds.
 
-        The caller admits no start from before this call on. Returns when all are gone; what cannot be stopped is told in the log.
+        Admits no start from here on. Returns when all are gone; what cannot be stopped is told in the log.
         """
+        self._closing = True
         await self.settled()  # a start that was under way has its job now
-        running = [job for job in self._jobs.values() if not job.ended]
+        running = [self._jobs[job_id] for job_id in self._alive]
         for end in await asyncio.gather(*(job.end_with_server(grace, by) for job in running), return_exceptions=True):
-            if isinstance(end, StopFailed):
-                logger.error("%s", end.message)
-            elif isinstance(end, BaseException):
-                raise end
+            if isinstance(end, BaseException):
+                logger.error("%s", end)
 
     async def _detach(self) -> None:
         """Let go of all jobs: those that run go on under their shims; what is half done is finished first."""

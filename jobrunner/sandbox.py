@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 from pathlib import Path
 from typing import Self
 
 from jobrunner.config import RunnerConfig
-from jobrunner.errors import StartFailed
+from jobrunner.errors import JobRunnerError, StartFailed
 from jobrunner.job import OutputPolicy, signal_number
 from jobrunner.linux import check
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup
@@ -62,22 +63,22 @@ def base_name(state_dir: Path) -> str:
 async def launch(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig) -> float:
     """Run the launcher until the job's command has been executed; when that was, by the shim's clock (seconds since the epoch).
 
-    Raises StartFailed with the step that failed.
+    Raises StartFailed with the step that failed, and then no process is left; LauncherLost if nobody told.
     """
-    items = os.memfd_create("jobrunner-launch", os.MFD_CLOEXEC)
     try:
-        with open(items, "wb", closefd=False) as file:
-            file.write(pack_plan(_plan(record, cgroup, directory, config)))
-        process = await asyncio.create_subprocess_exec(
-            binary_path(), stdin=items, stdout=asyncio.subprocess.PIPE, cwd="/", env={}, start_new_session=True
-        )
+        with os.fdopen(os.memfd_create("jobrunner-launch", os.MFD_CLOEXEC), "wb") as items:
+            items.write(pack_plan(_plan(record, cgroup, directory, config)))
+            items.flush()
+            process = await asyncio.create_subprocess_exec(
+                binary_path(), stdin=items, stdout=asyncio.subprocess.PIPE, cwd="/", env={}, start_new_session=True
+            )
     except OSError as exc:
         raise StartFailed(record.spec.command, "launcher", exc.errno or 0) from exc
-    finally:
-        os.close(items)
     assert process.stdout is not None
     report = parse_report(await process.stdout.read())
     await process.wait()
+    if report is None:
+        raise LauncherLost(f'cannot start "{record.spec.command}": the launcher was killed')
     if not report.started:
         raise StartFailed(record.spec.command, report.step, report.errno, report.detail)
     started = read_exit(directory / "exit")  # written just now, so it is in memory
@@ -113,6 +114,10 @@ def _segment_bytes(output_limit: int | None, configured: int) -> int:
     return max(min(output_limit // 8, configured), output_limit // 64)
 
 
+class LauncherLost(JobRunnerError):
+    """The launcher went without a word: what became of the start is not known."""
+
+
 class ShimHandle:
     """The writing end of a shim's `ctl`: it tells the shim to look, and tells us when the shim is gone."""
 
@@ -120,16 +125,22 @@ class ShimHandle:
         self._fd = fd
         self._loop = asyncio.get_running_loop()
         self._gone = asyncio.Event()
-        # A FIFO's writing end without a reader polls as an error, which the loop gives to its readers (poll(2)).
-        self._loop.add_reader(fd, self._on_gone)
+        try:
+            # A FIFO's writing end without a reader polls as an error, which the loop gives to its readers (poll(2)).
+            self._loop.add_reader(fd, self._on_gone)
+        except OSError:
+            os.close(fd)
+            raise
 
     @classmethod
     def open(cls, directory: Path) -> Self | None:
-        """The handle on a job's shim; None if no shim is there any more (ENXIO, fifo(7))."""
+        """The handle on a job's shim; None if no shim is there any more (ENXIO, fifo(7)). OSError says nothing about the shim."""
         try:
             return cls(os.open(directory / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-        except OSError:
-            return None
+        except OSError as exc:
+            if exc.errno in (errno.ENXIO, errno.ENOENT):
+                return None
+            raise
 
     def send(self, line: bytes) -> None:
         """Write one line, whole or not at all; a shim that is gone, or has a full pipe of lines to look at, needs no more."""

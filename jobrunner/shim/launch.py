@@ -66,15 +66,13 @@ def pack_plan(plan: LaunchPlan) -> bytes:
     return pack_items("jobrunner-launch", items)
 
 
-def parse_report(line: bytes) -> Report:
-    """The launcher's line; one that is none, or is empty, means that the helper died."""
+def parse_report(line: bytes) -> Report | None:
+    """The launcher's line; None if it is none: then the helper was killed before it could tell."""
     text = line.decode("utf-8", "replace")
     if text == "started\n":
         return Report(True)
     match = re.fullmatch(r"failed (\S+) (\d+) (.*)\n", text, re.DOTALL)
-    if match is None:
-        return Report(False, "init", 0, "the helper died")
-    return Report(False, match[1], int(match[2]), match[3])
+    return Report(False, match[1], int(match[2]), match[3]) if match else None
 
 
 def _milliseconds(seconds: float) -> str:

@@ -80,7 +80,9 @@ def test_random_lists_are_refused_or_started_and_never_misread(sanitized: Path, 
         assert done.stderr == b"", (number, items, done.stderr.decode(errors="replace"))
         assert done.returncode == 1, (number, items)
         assert done.stdout.count(b"\n") == 1
-        steps.add(parse_report(done.stdout).step)
+        report = parse_report(done.stdout)
+        assert report is not None
+        steps.add(report.step)
     assert "args" in steps
     assert steps <= {"args", "claim", "log", "cgroup"}
 

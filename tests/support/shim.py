@@ -67,8 +67,10 @@ class ShimJob:
     def launch(self, items: bytes, binary: Path | None = None) -> Report:
         done = run_launcher(items, self.directory, binary)
         self.returncode = done.returncode
-        self.report = parse_report(done.stdout)
-        return self.report
+        report = parse_report(done.stdout)
+        assert report is not None, f"the helper died: {done}"
+        self.report = report
+        return report
 
     def run(self, script: str, seconds: float = 20, **changes: Any) -> ExitRecord:
         """Start a shell script and wait for its end."""

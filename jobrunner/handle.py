@@ -1,0 +1,135 @@
+"""The handle on one job of this host, that `JobRunner.start` and `JobRunner.get` give: its state, its end, its log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import anyio.to_thread
+
+from jobrunner.errors import InvalidRequest, StopFailed
+from jobrunner.job import Ending, Job, JobInfo, JobStatus, Stream, Usage, signal_number
+from jobrunner.log import Log, LogReader
+from jobrunner.shim.stopfile import StopRequest
+
+if TYPE_CHECKING:
+    from jobrunner.linux.cgroup import JobCgroup
+    from jobrunner.record import JobRecord
+    from jobrunner.runner import JobRunner
+    from jobrunner.sandbox import ShimHandle
+
+__all__ = ["RunnerJob"]
+
+logger = logging.getLogger(__name__)
+GONE_AFTER_KILL = 5.0
+"""Seconds that a killed tree may take to go away before a stop is told as failed."""
+
+
+class RunnerJob:
+    """A job of this host. Its runner makes it, and calls `mark_ended` once."""
+
+    def __init__(self, record: JobRecord, runner: JobRunner, cgroup: JobCgroup | None, started: float) -> None:
+        self.job_id = record.job_id
+        self.record = record
+        self.cgroup = cgroup
+        self.shim: ShimHandle | None = None
+        """None once the shim is known to be gone, and for the moment in which it could not be reached."""
+        self.stop_asked_by: str | None = None
+        self._job = Job(
+            record.job_id, record.spec, record.limits, record.user, record.node, record.created, started, record.missing
+        )
+        self._runner = runner
+        self._ended = asyncio.Event()
+        self._stopping = asyncio.Lock()
+        self._log = Log(self, runner.state.directory(self.job_id) / "log", runner.chunks, runner.inotify.changed)
+        self._final_bounds: tuple[int, int] | None = None
+
+    def __repr__(self) -> str:
+        return f"<RunnerJob {self.job_id} {self.status} {self.record.spec.command!r}>"
+
+    @property
+    def status(self) -> JobStatus:
+        """running, completed, failed or terminated."""
+        return self._job.status
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    def info(self) -> JobInfo:
+        """Everything known of the job now."""
+        usage = Usage() if self._job.ending or self.cgroup is None else self.cgroup.usage()
+        # Of a running job these files are being written, so they are in memory; of an ended one they may not be.
+        return self._job.info(usage, *(self._final_bounds or self._log.bounds()))
+
+    async def wait(self) -> JobInfo:
+        """Wait until the job has ended and all of it is gone."""
+        await self._ended.wait()
+        return self.info()
+
+    async def stop(self, *, grace: float | None = None, by: str = "") -> JobInfo:
+        """End the job: its stop signal, `grace` seconds (the job's own grace period if None), then the kill of its whole tree.
+
+        Returns as soon as the job is gone. Stopping a job that has ended is no error. Cancelling the call does not take the stop
+        back. Raises StopFailed if the tree is not gone 5 s after the kill.
+        """
+        seconds = self._own_grace() if grace is None else grace
+        if not 0 <= seconds <= 86400:
+            raise InvalidRequest("grace", f"{seconds} is not between 0 and 86400", verb=f"stop job {self.job_id}")
+        return await self._end("stopped", seconds, by)
+
+    async def end_with_server(self, grace: float, by: str) -> JobInfo:
+        """As `stop`, told as `shutdown`; `grace` shortens the job's own grace period and never extends it."""
+        return await self._end("shutdown", min(self._own_grace(), grace), by)
+
+    def _own_grace(self) -> float:
+        grace = self.record.spec.grace
+        return self._runner.config.grace if grace is None else grace
+
+    async def _end(self, reason: str, seconds: float, by: str) -> JobInfo:
+        if not self.ended:
+            request = StopRequest(reason=reason, signal=signal_number(self.record.spec.stop_signal), grace=seconds, by=by)
+            await self._runner.finish(self._ask_to_stop(request))
+            try:
+                async with asyncio.timeout(seconds + GONE_AFTER_KILL):
+                    await self._ended.wait()
+            except TimeoutError as exc:
+                why = f"its processes are not gone {GONE_AFTER_KILL:g} s after the kill (uninterruptible sleep?)"
+                raise StopFailed(self.job_id, why) from exc
+        return self.info()
+
+    async def _ask_to_stop(self, request: StopRequest) -> None:
+        # One at a time: each replaces the file. Whoever asked first stopped it; later ones can only shorten the grace period.
+        async with self._stopping:
+            if self.stop_asked_by is None:
+                self.stop_asked_by = request.by
+            # Order: the file first, durably, then the line. A stop that was asked for holds even if this server dies in between.
+            try:
+                await anyio.to_thread.run_sync(self._runner.state.write_stop, self.job_id, request)
+            except OSError as exc:
+                # A full disk must not keep a job alive. Without the file the shim takes the job's own signal and grace period.
+                logger.error("cannot write stop of job %s: %s; it is asked to stop all the same", self.job_id, exc.strerror)
+        if self.shim is not None:
+            self.shim.send(b"stop\n")
+
+    def log(self, offset: int = 0, *, follow: bool = True, streams: Collection[Stream] = tuple(Stream)) -> LogReader:
+        """A reader of the job's output from a byte offset on; with `follow` it ends with the job, otherwise with what is there.
+
+        Raises InvalidRequest for a negative offset; the reader raises OffsetOutOfRange past the end of an ended log.
+        """
+        if offset < 0:
+            raise InvalidRequest("offset", f"{offset} is negative", verb="read log")
+        return self._log.reader(offset, follow, streams)
+
+    def read_bounds(self) -> tuple[int, int]:
+        """(first offset that is still there, end offset) of the log, from disk."""
+        return self._log.bounds()
+
+    def mark_ended(self, ending: Ending, bounds: tuple[int, int]) -> None:
+        """Everything is settled: let everyone who waits, and every reader at the end, know."""
+        self._job.end(ending)
+        self._final_bounds = bounds
+        self._ended.set()
+        self._runner.inotify.wake(str(self._log.directory))

@@ -106,8 +106,12 @@ static int open_places(const struct plan *plan, struct places *places, struct re
 static bool hear_shim(int answer, int shim, struct report *heard)
 {
 	struct pollfd fds[] = {{.fd = answer, .events = POLLIN}, {.fd = shim, .events = POLLIN}};
+	const struct timespec at_once = {0};
 	while (ppoll(fds, 2, NULL, NULL) < 0)
 		;
+	/* Order: it may have said something and died between the looks at the two; what it said is there now. */
+	if (!fds[0].revents)
+		ppoll(fds, 1, &at_once, NULL);
 	return fds[0].revents && hear(answer, heard);
 }
 

@@ -29,14 +29,14 @@ void kill_init(struct job *job)
 
 /*
  * The stop signal through init, and the kill after the grace period. Later requests, whatever their cause, change nothing but the
- * time of the kill, and that only to an earlier one.
+ * time of the kill, and that only to an earlier one; one that comes after the kill is not what ended the job.
  */
 static void begin_stop(struct job *job, enum cause cause, int64_t signal, int64_t grace_ms)
 {
 	int64_t kill_at = now_ns(CLOCK_BOOTTIME) + grace_ms * MS;
 	if (!job->killed && kill_at < job->kill_at)
 		job->kill_at = kill_at;
-	if (job->stop_cause != CAUSE_NONE)
+	if (job->stop_cause != CAUSE_NONE || job->killed)
 		return;
 	job->stop_cause = cause;
 	struct message message = {SAY_SIGNAL, (int32_t)signal};

@@ -32,6 +32,7 @@ from jobrunner.handle import RunnerJob
 from jobrunner.job import Ending, JobSpec, Limits
 from jobrunner.linux import disk
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
+from jobrunner.linux.host import host_facts
 from jobrunner.linux.inotify import Inotify
 from jobrunner.log import ChunkCache
 from jobrunner.record import JobRecord, StateDir, fingerprint
@@ -56,6 +57,7 @@ class JobRunner:
         self.state = state
         self.cgroups = cgroups
         self.inotify = inotify
+        self.host = host_facts()
         self.chunks = ChunkCache()
         self._jobs: dict[str, RunnerJob] = {}
         # Ids of the jobs that have not ended: counted at every start, where walking through all that are kept would cost.

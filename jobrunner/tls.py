@@ -1,4 +1,4 @@
-"""The two TLS contexts, server's and client's, and a hook that tells why a handshake failed.
+"""The two TLS contexts, server's and client's.
 
 TLS 1.3 only (RFC 8446), its cipher suites are not configurable. Each side requires the other's certificate, from the one CA that it
 is given: no system CA is trusted. Nothing resumes: a session from before a certificate was revoked would not be checked again.
@@ -6,20 +6,14 @@ is given: no system CA is trusted. Nothing resumes: a session from before a cert
 
 from __future__ import annotations
 
-import functools
 import ssl
-from asyncio import sslproto
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from jobrunner.errors import ConfigError
 
-__all__ = ["client_context", "install_handshake_logging", "server_context"]
+__all__ = ["client_context", "server_context"]
 
 FilePath = Path | str
-HandshakeFailed = Callable[[Any, Exception], None]
-"""Called with the peer's address, as the socket gives it (None if it is gone already), and the error."""
 
 
 def server_context(ca: FilePath, cert: FilePath, key: FilePath) -> ssl.SSLContext:
@@ -84,32 +78,3 @@ def _explain(exc: ssl.SSLError, cert: FilePath, key: FilePath) -> ConfigError:
     if b"PRIVATE KEY-----" not in Path(key).read_bytes():
         return ConfigError(f"key {key}", "it holds no private key in PEM form")
     return ConfigError(f"certificate {cert} with key {key}", exc.reason or str(exc))
-
-
-def install_handshake_logging(callback: HandshakeFailed) -> Callable[[], None]:
-    """Have every failed TLS handshake of this process told to `callback`, and its alert sent; returns what takes it back.
-
-    asyncio drops both (python/cpython#98078, until Python 3.15): a refused client sees a lost connection instead of the reason, and
-    the server's log says nothing. The hook is a private method: where it is not what is known, nothing is installed, and both sides
-    do what asyncio does by itself.
-    """
-    protocol: Any = sslproto.SSLProtocol
-    original = getattr(protocol, "_on_handshake_complete", None)
-    if original is None or not hasattr(protocol, "_process_outgoing"):
-        return lambda: None
-
-    @functools.wraps(original)
-    def told(self: Any, handshake_exc: Exception | None) -> Any:
-        if handshake_exc is not None and getattr(self, "_server_side", False):
-            transport = getattr(self, "_transport", None)
-            callback(transport.get_extra_info("peername") if transport is not None else None, handshake_exc)
-            if isinstance(handshake_exc, ssl.SSLError) and transport is not None:
-                self._process_outgoing()  # Order: before the original, which closes the transport without sending the alert.
-        return original(self, handshake_exc)
-
-    def uninstall() -> None:
-        if protocol._on_handshake_complete is told:
-            protocol._on_handshake_complete = original
-
-    protocol._on_handshake_complete = told
-    return uninstall

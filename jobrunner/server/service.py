@@ -7,7 +7,6 @@ and `RunnerJob.stop` see to that).
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
@@ -94,14 +93,14 @@ class JobService(pb.JobServiceBase):
         raise Unsupported("cannot write input: this server does not offer it")
 
     async def get_server(self, message: pb.GetServerRequest) -> pb.ServerInfo:
-        config = self._runner.config
+        config, host = self._runner.config, self._runner.host
         return pb.ServerInfo(
             version=__version__,
             node=config.node,
-            kernel=os.uname().release,
+            kernel=host.kernel,
             cgroup=self._runner.cgroup_version,
-            cpus=os.cpu_count() or 0,
-            memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            cpus=host.cpus,
+            memory=host.memory,
             running_jobs=self._runner.running,
             max_running_jobs=config.max_running,
             defaults=limits_to_wire(config.defaults),

@@ -6,7 +6,6 @@ import asyncio
 import datetime
 import ipaddress
 import ssl
-from asyncio import sslproto
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from jobrunner.errors import ConfigError
-from jobrunner.tls import client_context, install_handshake_logging, server_context
+from jobrunner.tls import client_context, server_context
 
 HOST = "127.0.0.1"
 
@@ -149,60 +148,6 @@ async def test_a_server_of_another_ca_or_name_is_refused_by_the_client(pki: Pki,
     async with serving(server_of(issue(pki.directory, pki.ca, "elsewhere", "elsewhere.example"))) as port:
         with pytest.raises(ssl.SSLCertVerificationError, match="IP address mismatch"):
             await ask(port, client_of(pki.admin))
-
-
-def without_certificate(pki: Pki, _: Path) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=pki.server.ca)
-
-
-def from_another_ca(pki: Pki, tmp_path: Path) -> ssl.SSLContext:
-    stranger = issue(tmp_path, trustme.CA(), "stranger", "a@b")
-    return client_context(pki.server.ca, stranger.cert, stranger.key)
-
-
-def for_servers_only(pki: Pki, _: Path) -> ssl.SSLContext:
-    return client_of(issue_for_servers_only(pki.directory, pki.ca))
-
-
-@pytest.mark.parametrize(
-    ("client", "told", "alert"),
-    [
-        (without_certificate, "peer did not return a certificate", "TLSV13_ALERT_CERTIFICATE_REQUIRED"),
-        (from_another_ca, "unable to get local issuer certificate", "TLSV1_ALERT_UNKNOWN_CA"),
-        (for_servers_only, "unsuitable certificate purpose", "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE"),
-    ],
-)
-async def test_a_refused_client_is_told_to_the_callback_and_gets_the_alert(
-    pki: Pki, tmp_path: Path, client: Callable[[Pki, Path], ssl.SSLContext], told: str, alert: str
-) -> None:
-    calls: list[tuple[tuple[str, int], str]] = []
-    uninstall = install_handshake_logging(lambda peer, exc: calls.append((peer, str(exc))))
-    try:
-        async with serving(server_of(pki.server)) as port:
-            with pytest.raises(ssl.SSLError) as caught:
-                await ask(port, client(pki, tmp_path))
-    finally:
-        uninstall()
-    assert caught.value.reason == alert
-    assert [peer[0] for peer, _ in calls] == [HOST]
-    assert told in calls[0][1]
-
-
-async def test_the_hook_says_nothing_of_a_handshake_that_succeeds_and_can_be_taken_back(pki: Pki) -> None:
-    original = sslproto.SSLProtocol.__dict__["_on_handshake_complete"]
-    calls: list[object] = []
-    uninstall = install_handshake_logging(lambda *call: calls.append(call))
-    async with serving(server_of(pki.server)) as port:
-        assert (await ask(port, client_of(pki.admin)))[0] == b"ok"
-    uninstall()
-    assert calls == []
-    assert sslproto.SSLProtocol.__dict__["_on_handshake_complete"] is original
-
-
-def test_where_asyncio_has_no_such_method_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(sslproto.SSLProtocol, "_on_handshake_complete")
-    install_handshake_logging(lambda *_: None)()
-    assert not hasattr(sslproto.SSLProtocol, "_on_handshake_complete")
 
 
 def write(path: Path, text: str) -> Path:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from jobrunner.linux.mountinfo import cgroup_mounts, cgroup_version
+from tests.support.timing import at_most
+
 # The fixtures `server` and `private_server`.
 pytest_plugins = ("tests.support.daemon",)
 
@@ -21,7 +24,22 @@ MUST_RUN = os.environ.get("JOBRUNNER_MUST_RUN") == "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", 'generation(version): a fact of cgroup "v1" (also hybrid) or "v2" alone; left out on the other'
+    )
     config.addinivalue_line("markers", 'requires(*names): "root", "cgroup:CONTROLLER", "command:NAME"; skipped where one lacks')
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = "v2" if cgroup_version(cgroup_mounts()) == "v2" else "v1"
+    left_out = [item for item in items if any(mark.args != (here,) for mark in item.iter_markers("generation"))]
+    items[:] = [item for item in items if item not in left_out]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+    for item in items:
+        own = item.get_closest_marker("timeout")
+        if own is not None and own.args:
+            item.add_marker(pytest.mark.timeout(at_most(own.args[0])), append=False)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

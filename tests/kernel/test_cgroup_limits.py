@@ -16,8 +16,9 @@ from jobrunner.linux.cgroup import CgroupHost, JobCgroup
 from jobrunner.linux.disk import disks_under
 from tests.support.cgroups import JOB, own_tree, run, start
 from tests.support.requires import requires
+from tests.support.timing import at_most
 
-pytestmark = requires("root", "cgroup1:memory")
+pytestmark = requires("root", "cgroup:memory")
 
 SPIN = "import time, sys\nend = time.monotonic() + float(sys.argv[1])\nwhile time.monotonic() < end: pass"
 FORK = """
@@ -60,7 +61,7 @@ async def test_cpu_time_is_held_to_its_share(host: CgroupHost) -> None:
     began = time.monotonic()
     spinners = [start(cgroup, [sys.executable, "-c", SPIN, "2"]) for _ in range(2)]
     for spinner in spinners:
-        spinner.communicate(timeout=20)
+        spinner.communicate(timeout=at_most(20))
     wall = time.monotonic() - began
     usage = cgroup.usage()
     assert usage.cpu_user is not None
@@ -114,13 +115,13 @@ async def test_direct_writes_are_held_to_their_rate(
     began = time.monotonic()
     ended = run(cgroup, command)
     assert ended.returncode == 0, ended.stderr
-    assert 0.9 < time.monotonic() - began < 5
+    assert 0.9 < time.monotonic() - began < at_most(5)
     usage = cgroup.usage()
     assert usage.write_bytes == block * count
     assert usage.write_ops is not None
     assert count <= usage.write_ops <= count + 4  # a write across two extents of the file is two operations
-    assert len(cgroup.missing) == 1
-    assert "buffered writes are not limited" in cgroup.missing[0]
+    buffered = ["buffered writes are not limited" in text for text in cgroup.missing]
+    assert buffered == ([] if host.version == "v2" else [True])
     await finish(cgroup)
 
 
@@ -131,7 +132,7 @@ async def test_direct_reads_are_held_to_their_rate(host: CgroupHost, tmp_path: P
     began = time.monotonic()
     ended = run(cgroup, ["dd", f"if={file}", "of=/dev/null", "bs=1M", "iflag=direct"])
     assert ended.returncode == 0, ended.stderr
-    assert 0.8 < time.monotonic() - began < 5
+    assert 0.8 < time.monotonic() - began < at_most(5)
     assert cgroup.usage().read_bytes == 4 << 20
     assert cgroup.missing == ()
     await finish(cgroup)

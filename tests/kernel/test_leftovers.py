@@ -1,4 +1,4 @@
-"""Nothing is left after 200 jobs: processes, cgroups, mounts, file descriptors, threads, tasks."""
+"""Nothing is left after many jobs: processes, cgroups, mounts, file descriptors, threads, tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 
 from jobrunner import JobSpec, Limits, StartFailed
 from tests.support.runner import cgroup_directories, open_runner, run, shell
+from tests.support.timing import FACTOR
 
+JOBS = 200 if FACTOR == 1 else 40
 KINDS = [
     shell("echo out; echo err >&2"),
     shell("exit 3"),
@@ -53,7 +55,7 @@ def is_my_zombie(pid: str) -> bool:
 
 
 @pytest.mark.timeout(120)
-async def test_nothing_is_left_after_200_jobs(tmp_path: Path) -> None:
+async def test_nothing_is_left_after_many_jobs(tmp_path: Path) -> None:
     async with open_runner(tmp_path) as runner:
         await run(runner, JobSpec("true"))
         await anyio.wait_all_tasks_blocked()
@@ -73,11 +75,11 @@ async def test_nothing_is_left_after_200_jobs(tmp_path: Path) -> None:
         assert len(state(tmp_path)["shims"]) == 1  # type: ignore[arg-type]  # what is counted is found
         await sleeper.stop(grace=0)
         job_ids: list[str | None] = []
-        for start in range(0, 200, 20):
+        for start in range(0, JOBS, 20):
             job_ids += await asyncio.gather(*(one(number) for number in range(start, start + 20)))
         await anyio.wait_all_tasks_blocked()
         assert state(tmp_path) == before
-        assert len([job_id for job_id in job_ids if job_id]) == 175
+        assert len([job_id for job_id in job_ids if job_id]) == JOBS * 7 // 8
         directories = {path.rsplit("/", 1)[-1] for path in cgroup_directories("jobs")}
         assert directories.isdisjoint({job_id for job_id in job_ids if job_id})
         assert list((tmp_path / "state" / "running").iterdir()) == []

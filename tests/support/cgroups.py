@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from jobrunner.linux.cgroup import detect
 from jobrunner.linux.mountinfo import cgroup_mounts
+from tests.support.timing import at_most
 
 if TYPE_CHECKING:
     from jobrunner.linux.cgroup import CgroupHost, JobCgroup
@@ -44,6 +45,14 @@ def directories(name: str) -> list[Path]:
     return [Path(found, name) for point in points for found, names, _ in os.walk(point) if name in names]
 
 
+def member_directories(cgroup: JobCgroup) -> list[Path]:
+    """Where the job's own processes are: a directory in each hierarchy."""
+    items = cgroup.launch_items()
+    return [Path(value).parent for key, value in items if key == "cgroup1-job"] + [
+        Path(value) for key, value in items if key == "cgroup2-job"
+    ]
+
+
 def start(cgroup: JobCgroup, argv: Sequence[str]) -> subprocess.Popen[bytes]:
     """A child that enters the job's cgroups by itself, as init does, and then is this command."""
     entries = [value for key, value in cgroup.launch_items() if key == "cgroup1-job"]
@@ -52,7 +61,7 @@ def start(cgroup: JobCgroup, argv: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def run(cgroup: JobCgroup, argv: Sequence[str], timeout: float = 20) -> subprocess.CompletedProcess[bytes]:
+def run(cgroup: JobCgroup, argv: Sequence[str], timeout: float = at_most(20)) -> subprocess.CompletedProcess[bytes]:
     """The same, to its end."""
     with start(cgroup, argv) as process:
         try:

@@ -27,6 +27,8 @@ def _lacking(need: str) -> str:
     match kind:
         case "root":
             return "" if os.geteuid() == 0 else "needs root"
+        case "cgroup":
+            return _lacking(f"cgroup1:{name}") and _lacking(f"cgroup2:{name}")
         case "cgroup1":
             return "" if name in mounts else f"needs a cgroup v1 hierarchy with {name}"
         case "cgroup2":
@@ -39,7 +41,7 @@ def _lacking(need: str) -> str:
 
 
 def requires(*needs: str) -> pytest.MarkDecorator:
-    """A mark for a test or a module. Needs are `root`, `cgroup1:CONTROLLER`, `cgroup2`, `cgroup2:CONTROLLER` and `disk`."""
+    """A mark for a test or a module. Needs: `root`, `disk`, `cgroup2`; `cgroup1:`, `cgroup2:` or, for any, `cgroup:CONTROLLER`."""
     reasons = [reason for reason in map(_lacking, needs) if reason]
     if reasons and os.environ.get("JOBRUNNER_MUST_RUN"):
         pytest.fail(f"JOBRUNNER_MUST_RUN is set: {'; '.join(reasons)}", pytrace=False)

@@ -14,6 +14,7 @@ from jobrunner import JobInfo, JobSpec, Stream
 from jobrunner.config import RunnerConfig
 from jobrunner.output import Chunk
 from jobrunner.runner import JobRunner, RunnerJob
+from tests.support.timing import fail_after
 
 
 @asynccontextmanager
@@ -23,7 +24,7 @@ async def open_runner(path: Path, **config: Any) -> AsyncIterator[JobRunner]:
         try:
             yield runner
         finally:
-            with anyio.CancelScope(shield=True), anyio.fail_after(20):
+            with anyio.CancelScope(shield=True), fail_after(20):
                 for job in runner.list():
                     await job.stop(grace=0)
 
@@ -34,20 +35,20 @@ def shell(script: str, **fields: Any) -> JobSpec:
 
 async def run(runner: JobRunner, spec: JobSpec, seconds: float = 20) -> JobInfo:
     """Start a job and wait for its end."""
-    with anyio.fail_after(seconds):
+    with fail_after(seconds):
         return await (await runner.start(spec)).wait()
 
 
 async def output(job: RunnerJob, stream: Stream | None = None, seconds: float = 20) -> bytes:
     """All the job writes, to its end."""
-    with anyio.fail_after(seconds):
+    with fail_after(seconds):
         async with job.log() as reader:
             return b"".join([part.data async for part in reader if isinstance(part, Chunk) and stream in (None, part.stream)])
 
 
 async def run_output(runner: JobRunner, spec: JobSpec, seconds: float = 20) -> tuple[JobInfo, bytes]:
     """Start a job, read all of its output, and wait for its end."""
-    with anyio.fail_after(seconds):
+    with fail_after(seconds):
         job = await runner.start(spec)
         data = await output(job, seconds=seconds)
         return await job.wait(), data

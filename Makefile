@@ -11,7 +11,7 @@ SHIM := jobrunner/shim/jobrunner-shim
 SHIM_SOURCES := $(wildcard jobrunner/shim/*.c jobrunner/shim/*.h)
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: help venv shim lock proto check format test test-docker demo bench clean
+.PHONY: help venv shim lock proto check format test test-vm test-docker demo bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -50,6 +50,9 @@ format: venv ## put the sources into the one format
 
 test: venv ## every test but the benchmarks; in CI a skip is a failure
 	JOBRUNNER_MUST_RUN=$(if $(filter true,$(CI)),1) $(BIN)/pytest $(TESTS)
+
+test-vm: venv ## cgroup v2 and the systemd units, in a virtual machine; needs root, qemu, debootstrap and Debian's kernel
+	tests/vm/run.sh $(BIN) $(TESTS)
 
 test-docker: venv ## the image and docker-compose.yml, built and run for real; needs root and Docker
 	scripts/test_docker.sh $(BIN)

@@ -31,6 +31,7 @@ from jobrunner.sandbox import needs
 from jobrunner.server.app import JobServer
 from jobrunner.server.devcerts import CLIENTS, make_certs
 from jobrunner.server.health import HealthService
+from jobrunner.server.notify import ServiceManager
 from jobrunner.server.reflection import ReflectionService
 from jobrunner.server.service import JobService
 from jobrunner.tls import server_context
@@ -41,6 +42,8 @@ __all__ = ["RunningServer", "app", "main", "running_server"]
 logger = logging.getLogger(__name__)
 
 EXIT_BUG, EXIT_USAGE, EXIT_HOST = 1, 2, 3
+SHUTDOWN_MARGIN = 30.0
+"""Seconds that a shutdown may take beyond the grace period of its jobs: calls and connections that end, kills, the disk."""
 app = typer.Typer(
     help="The server of jobrunner, a remote job executor.",
     no_args_is_help=True,
@@ -159,9 +162,14 @@ async def _serve(config: ServerConfig, ready: Callable[[str], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told, number)
+    manager = ServiceManager(os.environ)
     async with running_server(config) as running:
         ready(running.address)
+        manager.ready(f"listening on {running.address}")
+        alive = loop.create_task(manager.keep_alive())
         await stop.wait()
+        manager.stopping("shutting down", config.shutdown_grace + SHUTDOWN_MARGIN)
+        alive.cancel()
         if config.on_shutdown == "stop":
             # Order: no new calls, then the stops, then the drain that leaving begins, so that who follows a job sees its end.
             running.server.draining.set()

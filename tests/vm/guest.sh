@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# In the virtual machine, as a service with Delegate=yes: runs pytest, and tells its exit code on the second serial line.
+set -uo pipefail
+result=1
+trap 'echo "$result" >/dev/ttyS1' EXIT
+cut -d' ' -f1 /proc/uptime | xargs printf 'booted in %s s of the machine: '
+uname -sr
+
+# Into a leaf: a cgroup that hands controllers down holds no process. One that the server takes for its own.
+cgroup=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/jobrunner-vm/server
+mkdir -p "$cgroup"
+echo $$ >"$cgroup/cgroup.procs"
+
+# Swap, so that a job that may not use any can be told from one on a host that has none.
+fallocate -l 256M /work/swap && chmod 600 /work/swap && mkswap -q /work/swap && swapon /work/swap || exit
+
+export HOME=/root PATH=/opt/jobrunner/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export TMPDIR=/work/tmp PYTHONPATH=/work/checkout PYTHONPYCACHEPREFIX=/work/pycache
+export JOBRUNNER_MUST_RUN=1 JOBRUNNER_IN_VM=1
+JOBRUNNER_TIME_FACTOR=$(</work/factor)
+export JOBRUNNER_TIME_FACTOR
+cd /work/checkout || exit
+eval "set -- $(</work/arguments)"
+python -m pytest -p no:cacheprovider --timeout=$((60 * JOBRUNNER_TIME_FACTOR)) --durations=15 --basetemp=/work/tmp/pytest "$@"
+result=$?

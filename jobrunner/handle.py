@@ -12,6 +12,7 @@ import anyio.to_thread
 from jobrunner.errors import InvalidRequest, StopFailed
 from jobrunner.job import Ending, Job, JobInfo, JobStatus, Stream, Usage, signal_number
 from jobrunner.log import Log, LogReader
+from jobrunner.output import Selection
 from jobrunner.shim.stopfile import StopRequest
 
 if TYPE_CHECKING:
@@ -114,14 +115,32 @@ class RunnerJob:
         if self.shim is not None:
             self.shim.send(b"stop\n")
 
-    def log(self, offset: int = 0, *, follow: bool = True, streams: Collection[Stream] = tuple(Stream)) -> LogReader:
-        """A reader of the job's output from a byte offset on; with `follow` it ends with the job, otherwise with what is there.
+    def log(
+        self,
+        offset: int = 0,
+        *,
+        follow: bool = True,
+        streams: Collection[Stream] = tuple(Stream),
+        tail: int | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        exact_times: bool = False,
+    ) -> LogReader:
+        """A reader of the job's output; with `follow` it ends with the job, otherwise with what is there.
 
-        Raises InvalidRequest for a negative offset; the reader raises OffsetOutOfRange past the end of an ended log.
+        From a byte offset on, or the last `tail` lines; what was written from `since` on and before `until`, seconds since the
+        epoch: `output.Selection` says it exactly. Raises InvalidRequest; the reader raises OffsetOutOfRange past an ended log's end.
         """
-        if offset < 0:
-            raise InvalidRequest("offset", f"{offset} is negative", verb="read log")
-        return self._log.reader(offset, follow, streams)
+        selection = Selection(
+            offset=offset,
+            follow=follow,
+            streams=frozenset(streams),
+            tail=tail,
+            since=since,
+            until=until,
+            exact_times=exact_times,
+        )
+        return self._log.reader(selection)
 
     def read_bounds(self) -> tuple[int, int]:
         """(first offset that is still there, end offset) of the log, from disk."""

@@ -4,24 +4,32 @@ position ──► next record of the index ──► bytes of the segment ─�
                 │ none
                 ├─ a later segment is there: go on in it, a Gap if it does not begin where this one ends
                 ├─ END, or the job has ended and nothing was added since: the end
-                └─ otherwise: caught up; wait for inotify
+                └─ otherwise: caught up; wait for inotify, or for `until`
+
+Where the first position is, `position` finds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Awaitable, Callable, Collection
+import math
+import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
+import anyio
+
 from jobrunner.errors import JobNotFound, OffsetOutOfRange, WouldBlock
-from jobrunner.job import Gap, JobInfo, Stream
+from jobrunner.job import Gap, JobInfo
+from jobrunner.log import position
 from jobrunner.log.segments import (
     BLOCK,
     DATA,
     END,
     GAP,
+    GAP_REASONS,
     STREAMS,
     ChunkCache,
     Record,
@@ -29,11 +37,13 @@ from jobrunner.log.segments import (
     last_end,
     list_segments,
 )
-from jobrunner.output import Chunk, End, OutputReader
+from jobrunner.output import Begin, Chunk, End, OutputReader, Selection
 
 MERGE_RECORDS = 128
 MERGE_NS = 50_000_000
 """Records of one stream are given as one chunk while they are within 50 ms, so that a chunk's time is true to that."""
+LATE = 0.25
+"""Seconds after `until` at which what was read before it has been written: a shim may be held back by its job's CPU limit."""
 
 
 class LogOwner(Protocol):
@@ -69,8 +79,8 @@ class Log:
         except FileNotFoundError:  # removed, or a segment that retention took between listing and opening it
             return (0, 0)
 
-    def reader(self, offset: int, follow: bool, streams: Collection[Stream]) -> LogReader:
-        return LogReader(self, offset, follow, frozenset(streams))
+    def reader(self, selection: Selection) -> LogReader:
+        return LogReader(self, selection)
 
     def changed(self) -> Awaitable[object]:
         return self._changed(str(self.directory))
@@ -82,57 +92,104 @@ class _Step(enum.Enum):
     MOVED = enum.auto()
     """Something was passed over; look again."""
     END = enum.auto()
+    UNTIL = enum.auto()
+    """What comes now is not wanted any more."""
 
 
 class LogReader(OutputReader):
     """One subscriber; see the module."""
 
-    def __init__(self, log: Log, offset: int, follow: bool, streams: frozenset[Stream]) -> None:
+    def __init__(self, log: Log, selection: Selection) -> None:
         super().__init__()
-        self.offset = offset
+        self.offset = selection.offset
         """Of the next byte that this reader has not given."""
         self._log = log
-        self._follow = follow
-        self._streams = streams or frozenset(Stream)
+        self._selection = selection
+        self._begin: Begin | None = None
+        self._since = position.nanoseconds(selection.since)
+        """None once a record of this time or later was met."""
+        self._until = position.nanoseconds(selection.until)
         self._segment: Segment | None = None
         self._number = 0
+        self._locating: asyncio.Future[Begin] | None = None
         self._thread: asyncio.Future[Chunk | Gap | _Step] | None = None
         self._closed = False
 
     def __repr__(self) -> str:
         return f"<LogReader {self._log.owner.job_id} at {self.offset}>"
 
+    async def locate(self) -> Begin:
+        """Find where to begin. The first read does it otherwise; for `tail` what is there at this moment counts."""
+        if self._begin is None and not self._must_search():
+            self._locate_now()
+        while self._begin is None:
+            if self._locating is None:
+                self._locating = asyncio.get_running_loop().run_in_executor(None, self._locate_now)
+            await asyncio.wait((self._locating,))  # a wait that is cancelled leaves it to the next one
+            self._locating.result()
+        return self._begin
+
+    def _must_search(self) -> bool:
+        return self._selection.tail is not None or self._since is not None
+
+    def _locate_now(self) -> Begin:
+        begin = Begin(self.offset, self.offset, self.offset)
+        if self._must_search():
+            begin = position.begin(self._log.directory, self._selection, lambda: self._closed)
+        self._begin, self.offset = begin, begin.offset
+        return begin
+
     async def __anext__(self) -> Chunk | Gap:
+        await self.locate()
         watch: Awaitable[object] | None = None
         while self.end is None and not self._closed:
-            # Order: whether the job has ended is asked before the read, so that nothing written before its end is missed.
-            ended = self._log.owner.ended
+            # Order: whether the job has ended, or the time has come, is asked before the read, so that nothing before it is missed.
+            ended, passed = self._log.owner.ended, self._until_in() <= 0
             part = await self._advance()
+            if part is _Step.NOTHING and ended and not passed:
+                part = self._missing_end()
             if isinstance(part, Chunk | Gap):
                 return part
-            if part is _Step.END or ended or not self._follow:
-                await self._finish(part)
+            if part is not _Step.NOTHING or ended or passed or not self._selection.follow:
+                await self._finish(part, passed)
             elif watch is None:
                 watch = self._log.changed()  # Order: watch first, then read again; what comes between is seen by one of the two
             else:
-                await watch
+                with anyio.move_on_after(max(0, self._until_in())):
+                    await watch
                 watch = None
         raise StopAsyncIteration
 
     def next_nowait(self) -> Chunk | Gap | None:
         if self.end is not None or self._closed:
             return None
-        if self._thread is not None:
+        if self._thread is not None or (self._locating is not None and self._begin is None):
             raise WouldBlock  # a wait that was cancelled left its read under way: `__anext__` takes it up
-        ended = self._log.owner.ended
+        if self._begin is None:
+            self._locate_now()
+        ended, passed = self._log.owner.ended, self._until_in() <= 0
         part = self._advance_now(nowait=False)
+        if part is _Step.NOTHING and ended and not passed:
+            part = self._missing_end()
         if isinstance(part, Chunk | Gap):
             return part
-        if not ended and self._follow:
+        if part is _Step.NOTHING and not ended and not passed and self._selection.follow:
             raise WouldBlock
         self._check_range(part, ended)
         self.end = End(self.offset, self._log.owner.info())
         return None
+
+    def _until_in(self) -> float:
+        """Seconds until nothing that is wanted can come any more."""
+        return math.inf if self._until is None else self._until / 1e9 + LATE - time.time()
+
+    def _missing_end(self) -> Gap | _Step:
+        """A log that ends before its job's last byte: the disk was full to the very end, and no record of that found a place."""
+        first, total = self.offset, self._log.owner.info().log_end
+        if first >= total or self._since is not None:
+            return _Step.NOTHING
+        self.offset = total
+        return Gap(first, total - 1, GAP_REASONS[0])
 
     async def aclose(self) -> None:
         self._closed = True
@@ -152,16 +209,17 @@ class LogReader(OutputReader):
             self._segment.close()
             self._segment = None
 
-    async def _finish(self, part: _Step) -> None:
+    async def _finish(self, part: _Step, passed: bool) -> None:
         owner = self._log.owner
-        info = await owner.wait() if self._follow else owner.info()
+        follow = self._selection.follow and part is not _Step.UNTIL and not passed
+        info = await owner.wait() if follow else owner.info()
         self._check_range(part, owner.ended)
         self.end = End(self.offset, info)
         self._release()
 
     def _check_range(self, part: object, ended: bool) -> None:
         if self._segment is None and part is _Step.NOTHING and ended and self.offset:
-            end = self._log.bounds()[1]
+            end = max(self._log.bounds()[1], self._log.owner.info().log_end)
             if self.offset > end:
                 raise OffsetOutOfRange(self._log.owner.job_id, self.offset, end)
 
@@ -227,7 +285,15 @@ class LogReader(OutputReader):
         if first == segment.base:
             return _Step.MOVED
         record = segment.record(0, nowait=False)
-        return Gap(first, segment.base - 1, "write_error" if record and record.kind == GAP else "dropped")
+        if record is not None and self._is_too_early(record):
+            return _Step.MOVED
+        return Gap(first, segment.base - 1, record.gap_reason if record and record.kind == GAP else "dropped")
+
+    def _is_too_early(self, record: Record) -> bool:
+        """Whether this is before `since`; no later record is asked once one was not."""
+        if self._since is not None and record.time_ns >= self._since:
+            self._since = None
+        return self._since is not None
 
     def _read(self, segment: Segment, nowait: bool) -> Chunk | Gap | _Step:
         record = segment.record(self._number, nowait)
@@ -235,19 +301,36 @@ class LogReader(OutputReader):
             return self._leave(segment, nowait)
         if record.kind == END:
             return _Step.END
-        if record.kind != DATA or STREAMS[record.stream] not in self._streams or record.end <= self.offset:
-            # The last: a reader ahead of the live end, that was overtaken while it looked for its place.
+        if self._until is not None and record.kind == DATA and record.time_ns >= self._until:
+            return _Step.UNTIL
+        if not self._is_wanted(record):
             self.offset, self._number = max(self.offset, record.end), self._number + 1
             return _Step.MOVED
-        entry = self._log.cache.get(self._log.owner.job_id, self.offset)
+        if self._begin is not None:
+            self.offset = max(self.offset, self._begin.of(STREAMS[record.stream]))
+        chunk, number = self._cached(segment, record, nowait)
+        if not chunk.data:
+            return self._miss(record)
+        self.offset, self._number = chunk.next_offset, number
+        return chunk
+
+    def _is_wanted(self, record: Record) -> bool:
+        stream = STREAMS.get(record.stream)
+        if record.kind != DATA or stream not in self._selection.streams or self._is_too_early(record):
+            return False
+        # Not after the offset: a reader ahead of the live end, that was overtaken while it looked for its place.
+        return record.end > max(self.offset, self._begin.of(stream) if self._begin else 0)
+
+    def _cached(self, segment: Segment, record: Record, nowait: bool) -> tuple[Chunk, int]:
+        job_id, exact = self._log.owner.job_id, self._selection.exact_times
+        if self._until is not None and record.time_ns + MERGE_NS >= self._until:
+            return self._assemble(segment, record, nowait)  # another reader's chunk may reach past the time
+        entry = self._log.cache.get(job_id, self.offset, exact)
         if entry is None:
             entry = self._assemble(segment, record, nowait)
-            if not entry[0].data:
-                return self._miss(record)
-            self._log.cache.put(self._log.owner.job_id, *entry)
-        chunk, self._number = entry
-        self.offset = chunk.next_offset
-        return chunk
+            if entry[0].data:
+                self._log.cache.put(job_id, *entry, exact)
+        return entry
 
     def _miss(self, record: Record) -> Gap:
         """The index covers what is not there: the host crashed before the bytes were on disk, and after the index was."""
@@ -259,9 +342,11 @@ class LogReader(OutputReader):
         """The chunk at the offset, and the number of the record that the byte after it is in."""
         border = (self.offset // BLOCK + 1) * BLOCK
         number, last = self._number, first
-        while last.end < border and number - self._number < MERGE_RECORDS:
+        most = 1 if self._selection.exact_times else MERGE_RECORDS
+        before = min(first.time_ns + MERGE_NS + 1, math.inf if self._until is None else self._until)
+        while last.end < border and number + 1 - self._number < most:
             record = segment.record(number + 1, nowait)
-            if record is None or (record.kind, record.stream) != (DATA, first.stream) or record.time_ns - first.time_ns > MERGE_NS:
+            if record is None or (record.kind, record.stream) != (DATA, first.stream) or record.time_ns >= before:
                 break
             number, last = number + 1, record
         stop = min(last.end, border)

@@ -11,6 +11,7 @@ import os
 import struct
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,10 @@ BLOCK = 16384 * 4 - 64
 """Chunks end at multiples of this, so that all readers cut a log into the same chunks. With its 5-byte prefix and the message's
 tags a block fills four HTTP/2 frames of 16 KiB and no fifth."""
 CACHE_BYTES = 8 << 20
+ENTRY_BYTES = 512
+"""What a chunk in the cache weighs besides its bytes: a job that writes a little at a time makes chunks of a few bytes."""
+GAP_REASONS = ("write_error", "output_limit")
+"""By the number that a gap record has in the place of its stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,11 @@ class Record:
     kind: int
     stream: int
     lost: int
+
+    @property
+    def gap_reason(self) -> str:
+        """Why the bytes that a gap record tells are missing; a number of a newer shim reads as the first."""
+        return GAP_REASONS[self.stream if self.stream < len(GAP_REASONS) else 0]
 
 
 def list_segments(directory: Path) -> list[int]:
@@ -112,15 +122,38 @@ class Segment:
 
     def find(self, offset: int, nowait: bool) -> int:
         """The number of the first record that ends after `offset`; the count of records if none does yet."""
+        return self._bisect(lambda record: record.end > offset, nowait)
+
+    def find_time(self, time_ns: int) -> int:
+        """The number of the first record of this time or later; the count of records if there is none.
+
+        Where the clock was set back in between, a record of this time or later with an earlier one before it.
+        """
+        return self._bisect(lambda record: record.time_ns >= time_ns, nowait=False)
+
+    def _bisect(self, reached: Callable[[Record], bool], nowait: bool) -> int:
         low, high = 0, self.records()
         while low < high:
             middle = (low + high) // 2
             raw = read_at(self._index, RECORD.size, middle * RECORD.size, nowait)
-            if RECORD.unpack(raw)[0] <= offset:
-                low = middle + 1
-            else:
+            if reached(Record(*RECORD.unpack(raw))):
                 high = middle
+            else:
+                low = middle + 1
         return low
+
+    def backwards(self) -> Iterator[tuple[int, Record]]:
+        """What the index has now from its end on, a page at a time: each record with the offset of its first byte."""
+        stop = self.records()
+        while stop:
+            start = max(0, stop - INDEX_PAGE)
+            # With the record before the page: where it ends, the page's first begins.
+            before = min(start, 1)
+            raw = read_at(self._index, (stop - start + before) * RECORD.size, (start - before) * RECORD.size, nowait=False)
+            page = [Record(*values) for values in RECORD.iter_unpack(raw)]
+            for number in range(len(page) - 1, before - 1, -1):
+                yield (page[number - 1].end if number else self.base), page[number]
+            stop = start
 
     def data(self, offset: int, size: int, nowait: bool) -> bytes:
         """Bytes of the log at an offset; what the index covers is there in full."""
@@ -145,29 +178,33 @@ def last_end(directory: Path) -> tuple[int, int]:
 class ChunkCache:
     """Chunks read last, of all logs of one runner, for the other readers that come to the same offset: bounded by bytes.
 
-    An entry is the chunk and the number of the index record that the byte after it is in. A chunk never changes; what was read at
-    the live end of a log is just shorter than what could be read there later.
+    An entry is the chunk and the number of the index record that the byte after it is in; chunks of exact times have their own. A
+    chunk never changes; what was read at the live end of a log is just shorter than what could be read there later.
     """
 
     def __init__(self, limit: int = CACHE_BYTES) -> None:
         self._limit = limit
         self._size = 0
         self._lock = threading.Lock()  # readers come from the loop and from threads
-        self._entries: OrderedDict[tuple[str, int], tuple[Chunk, int]] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, int, bool], tuple[Chunk, int]] = OrderedDict()
 
-    def get(self, log: str, offset: int) -> tuple[Chunk, int] | None:
+    def get(self, log: str, offset: int, exact: bool) -> tuple[Chunk, int] | None:
         with self._lock:
-            entry = self._entries.get((log, offset))
+            entry = self._entries.get((log, offset, exact))
             if entry is not None:
-                self._entries.move_to_end((log, offset))
+                self._entries.move_to_end((log, offset, exact))
             return entry
 
-    def put(self, log: str, chunk: Chunk, next_record: int) -> None:
-        key = (log, chunk.offset)
+    def put(self, log: str, chunk: Chunk, next_record: int, exact: bool) -> None:
+        key = (log, chunk.offset, exact)
         with self._lock:
             old = self._entries.pop(key, None)
-            self._size += len(chunk.data) - (len(old[0].data) if old else 0)
+            self._size += _weight(chunk) - (_weight(old[0]) if old else 0)
             self._entries[key] = (chunk, next_record)
             while self._size > self._limit:
                 _, (dropped, _) = self._entries.popitem(last=False)
-                self._size -= len(dropped.data)
+                self._size -= _weight(dropped)
+
+
+def _weight(chunk: Chunk) -> int:
+    return len(chunk.data) + ENTRY_BYTES

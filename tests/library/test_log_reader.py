@@ -19,7 +19,7 @@ from jobrunner.errors import JobNotFound, OffsetOutOfRange
 from jobrunner.linux.inotify import Inotify
 from jobrunner.log import ChunkCache, Log, LogReader
 from jobrunner.log.segments import BLOCK
-from jobrunner.output import Chunk
+from jobrunner.output import Chunk, Selection
 from tests.support.logwriter import LogWriter
 
 
@@ -68,7 +68,7 @@ async def test_every_byte_in_order_across_segments(tmp_path: Path) -> None:
     writer.end()
     owner.end()
     with open_log(writer.directory, owner) as log:
-        parts = await collect(reader := log.reader(0, True, set(Stream)))
+        parts = await collect(reader := log.reader(Selection()))
     assert text(parts) == b"".join(b"%d\n" % number * 9 for number in range(100))
     assert reader.end is not None and reader.end.total_bytes == writer.offset
     assert reader.end.info is not None and reader.end.info.status == "completed"
@@ -81,7 +81,7 @@ async def test_chunks_end_at_multiples_of_a_block_and_know_their_offset(tmp_path
     writer.end()
     owner.end()
     with open_log(writer.directory, owner) as log:
-        parts = await collect(log.reader(0, True, set(Stream)))
+        parts = await collect(log.reader(Selection()))
     assert [part.offset for part in parts if isinstance(part, Chunk)] == list(range(0, len(data), BLOCK))
     assert text(parts) == data
 
@@ -94,8 +94,8 @@ async def test_one_stream_only(tmp_path: Path) -> None:
     writer.end()
     owner.end()
     with open_log(writer.directory, owner) as log:
-        assert text(await collect(log.reader(0, True, {Stream.STDERR}))) == b"err"
-        assert text(await collect(log.reader(0, True, {Stream.STDOUT}))) == b"out1out2"
+        assert text(await collect(log.reader(Selection(streams=frozenset({Stream.STDERR}))))) == b"err"
+        assert text(await collect(log.reader(Selection(streams=frozenset({Stream.STDOUT}))))) == b"out1out2"
 
 
 async def test_a_partial_record_and_data_past_the_index_are_not_there(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ async def test_a_partial_record_and_data_past_the_index_are_not_there(tmp_path: 
     writer.append(writer.data, b"not yet covered")
     writer.append(writer.index, b"\x20\0\0\0\0")
     with open_log(writer.directory, owner) as log:
-        assert text(await collect(log.reader(0, False, set(Stream)))) == b"whole"
+        assert text(await collect(log.reader(Selection(follow=False)))) == b"whole"
 
 
 async def test_a_missing_segment_is_a_gap_of_exactly_its_bytes(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ async def test_a_missing_segment_is_a_gap_of_exactly_its_bytes(tmp_path: Path) -
     for name in ("000000000000000a", "000000000000000a.idx"):
         (writer.directory / name).unlink()
     with open_log(writer.directory, owner) as log:
-        parts = await collect(log.reader(5, True, set(Stream)))
+        parts = await collect(log.reader(Selection(offset=5)))
     assert [part if isinstance(part, Gap) else part.data for part in parts] == [b"56789", Gap(10, 19, "dropped"), b"0123456789"]
 
 
@@ -129,7 +129,7 @@ async def test_a_reader_that_starts_before_the_first_segment_is_told_a_gap(tmp_p
     for name in ("0000000000000000", "0000000000000000.idx"):
         (writer.directory / name).unlink()
     with open_log(writer.directory, owner) as log:
-        parts = await collect(log.reader(3, True, set(Stream)))
+        parts = await collect(log.reader(Selection(offset=3)))
         assert log.bounds() == (10, 13)
     assert [part if isinstance(part, Gap) else part.data for part in parts] == [Gap(3, 9, "dropped"), b"abc"]
 
@@ -142,7 +142,7 @@ async def test_lost_writes_are_a_gap_with_their_reason(tmp_path: Path) -> None:
     writer.end()
     owner.end()
     with open_log(writer.directory, owner) as log:
-        parts = await collect(reader := log.reader(0, True, set(Stream)))
+        parts = await collect(reader := log.reader(Selection()))
     assert [part if isinstance(part, Gap) else part.data for part in parts] == [b"before", Gap(6, 12, "write_error"), b"after"]
     assert reader.end is not None and reader.end.total_bytes == 18
 
@@ -150,7 +150,7 @@ async def test_lost_writes_are_a_gap_with_their_reason(tmp_path: Path) -> None:
 async def test_a_follower_gets_what_is_written_after_it_caught_up(tmp_path: Path) -> None:
     writer, owner = LogWriter(tmp_path / "log", segment_bytes=8), Owner()
     with open_log(writer.directory, owner) as log:
-        async with log.reader(0, True, set(Stream)) as reader:
+        async with log.reader(Selection()) as reader:
             for number in range(20):  # with 8-byte segments the follower crosses many of them, live
                 following = asyncio.create_task(anext(reader))
                 await asyncio.sleep(0)
@@ -169,7 +169,7 @@ async def test_a_log_without_an_end_record_ends_with_its_job(tmp_path: Path) -> 
     writer.write("stdout", b"last words")
     with closing(Inotify()) as inotify:
         log = Log(owner, writer.directory, ChunkCache(), inotify.changed)
-        following = asyncio.create_task(collect(log.reader(0, True, set(Stream))))
+        following = asyncio.create_task(collect(log.reader(Selection())))
         await asyncio.sleep(0.01)
         owner.end()
         inotify.wake(str(writer.directory))
@@ -182,15 +182,15 @@ async def test_an_offset_past_the_end_of_an_ended_log_is_refused(tmp_path: Path)
     writer.end()
     owner.end()
     with open_log(writer.directory, owner) as log:
-        assert await collect(log.reader(5, True, set(Stream))) == []
+        assert await collect(log.reader(Selection(offset=5))) == []
         with pytest.raises(OffsetOutOfRange, match="offset 6 is past its end, 5"):
-            await collect(log.reader(6, True, set(Stream)))
+            await collect(log.reader(Selection(offset=6)))
 
 
 async def test_next_line_nowait_says_whether_to_come_again(tmp_path: Path) -> None:
     writer, owner = LogWriter(tmp_path / "log"), Owner()
     with open_log(writer.directory, owner) as log:
-        reader = log.reader(0, True, set(Stream))
+        reader = log.reader(Selection())
         writer.write("stdout", b"one\ntw")
         first = reader.next_line_nowait()
         assert first is not None and first.data == b"one\n"
@@ -214,7 +214,7 @@ async def test_waits_that_are_cancelled_lose_nothing(tmp_path: Path) -> None:
     owner.end()
     got = b""
     with open_log(writer.directory, owner) as log:
-        async with log.reader(0, True, set(Stream)) as reader:
+        async with log.reader(Selection()) as reader:
             for attempt in range(100_000):
                 waiting = asyncio.ensure_future(anext(reader))
                 for _ in range(attempt % 3):
@@ -236,7 +236,7 @@ async def test_a_reader_ahead_of_the_live_end_gets_nothing_before_its_offset(tmp
     writer, owner = LogWriter(tmp_path / "log"), Owner()
     writer.write("stdout", b"x" * 500)
     with open_log(writer.directory, owner) as log:
-        async with log.reader(1000, True, set(Stream)) as reader:
+        async with log.reader(Selection(offset=1000)) as reader:
             following = asyncio.ensure_future(anext(reader))
             for _ in range(6):
                 writer.write("stdout", b"y" * 100)
@@ -256,7 +256,7 @@ async def test_an_index_that_is_ahead_of_its_data_is_told_as_a_gap(tmp_path: Pat
     with writer.data.open("r+b") as file:
         file.truncate(13)  # as a power loss leaves it, if the index was on disk first
     with open_log(writer.directory, owner) as log:
-        parts = await collect(log.reader(0, True, set(Stream)))
+        parts = await collect(log.reader(Selection()))
     assert text(parts) == b"0123456789abc"
     assert parts[-1] == Gap(13, 19, "lost")
 
@@ -266,7 +266,7 @@ async def test_a_log_that_is_removed_under_its_reader_is_not_found(tmp_path: Pat
     for _ in range(3):
         writer.write("stdout", b"0123456789")
     with open_log(writer.directory, owner) as log:
-        async with log.reader(0, True, set(Stream)) as reader:
+        async with log.reader(Selection()) as reader:
             await anext(reader)
             shutil.rmtree(writer.directory)
             with pytest.raises(JobNotFound):
@@ -317,4 +317,4 @@ async def _read_all(directory: Path, start: int, streams: set[Stream]) -> list[C
     owner = Owner()
     owner.end()
     with open_log(directory, owner) as log:
-        return await collect(log.reader(start, True, streams))
+        return await collect(log.reader(Selection(offset=start, streams=frozenset(streams))))

@@ -20,7 +20,7 @@ site=$root/opt/jobrunner/lib/python3.11/site-packages
 # Without what checks and generates sources, which no test in the machine needs and of which not all is there as a wheel.
 awk '/^[a-z]/ { wanted = $0 !~ /^(betterproto2-compiler|blockbuster|forbiddenfruit|grimp|grpcio(-tools)?|import-linter|mypy|ruff|types-.*)==/ } wanted' \
     "$lock" >"$work/requirements"
-"$pip" install --quiet --disable-pip-version-check --require-hashes --no-deps --only-binary=:all: --python-version 3.11 --no-compile \
+"$pip" install -qq --disable-pip-version-check --require-hashes --no-deps --only-binary=:all: --python-version 3.11 --no-compile \
     --target "$site" --requirement "$work/requirements"
 chroot "$root" /opt/jobrunner/bin/python -m compileall -q /opt/jobrunner/lib
 
@@ -55,5 +55,6 @@ for unit in emergency.target rescue.target getty.target serial-getty@ttyS0.servi
 done
 rm -rf "$root/var/cache/apt" "$root/var/lib/apt/lists" "$root/usr/share/doc" "$root/usr/share/man" "$root/usr/share/locale"
 
-mkfs.ext4 -q -F -L root -d "$root" "$work/image" 2G
+truncate -s 2G "$work/image"
+mkfs.ext4 -q -F -L root -d "$root" "$work/image"
 mv "$work/image" "$image"

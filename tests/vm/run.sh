@@ -21,8 +21,8 @@ what=("$@")
 factor=${JOBRUNNER_TIME_FACTOR:-10}
 verbosity=${JOBRUNNER_VM_KERNEL:-quiet systemd.show_status=false}
 
-lacks() { echo "cannot run the tests in a virtual machine: $1 is missing; install it: apt-get install $2" >&2 && exit 1; }
-[ "$(id -u)" = 0 ] || { echo "cannot run the tests in a virtual machine: its image is made as root; run: sudo make test-vm" >&2 && exit 1; }
+lacks() { echo "cannot test in a virtual machine: $1 is missing; install it: apt-get install $2" >&2 && exit 1; }
+[ "$(id -u)" = 0 ] || { echo "cannot test in a virtual machine: its image is made as root; run: sudo make test-vm" >&2 && exit 1; }
 command -v qemu-system-x86_64 >/dev/null || lacks qemu-system-x86_64 qemu-system-x86
 command -v mkfs.ext4 >/dev/null || lacks mkfs.ext4 e2fsprogs
 kernel=$(find /boot -name 'vmlinuz-*-amd64' ! -name '*cloud*' | sort -V | tail -1)
@@ -42,12 +42,13 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/disk/checkout" "$work/disk/tmp"
-"$bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target "$work/disk/site" "$checkout"
+"$bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation --target "$work/disk/site" "$checkout"
 cp -a "$checkout/tests" "$checkout/packaging" "$checkout/pyproject.toml" "$work/disk/checkout"
 find "$work/disk/checkout" -name __pycache__ -prune -exec rm -rf {} +
 printf '%q ' "${what[@]}" >"$work/disk/arguments"
 echo "$factor" >"$work/disk/factor"
-mkfs.ext4 -q -F -d "$work/disk" "$work/disk.ext4" 3G
+truncate -s 3G "$work/disk.ext4"
+mkfs.ext4 -q -F -d "$work/disk" "$work/disk.ext4"
 
 # The second serial line brings the exit code; the first one what is told. Nothing is written to the image: snapshot.
 begun=$SECONDS

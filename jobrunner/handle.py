@@ -129,17 +129,23 @@ class RunnerJob:
         """A reader of the job's output; with `follow` it ends with the job, otherwise with what is there.
 
         From a byte offset on, or the last `tail` lines; what was written from `since` on and before `until`, seconds since the
-        epoch: `output.Selection` says it exactly. Raises InvalidRequest; the reader raises OffsetOutOfRange past an ended log's end.
+        epoch: `output.Selection` says it exactly. Raises InvalidRequest; the reader raises OffsetOutOfRange past the end of the log
+        of a job that has ended.
         """
-        selection = Selection(
-            offset=offset,
-            follow=follow,
-            streams=frozenset(streams),
-            tail=tail,
-            since=since,
-            until=until,
-            exact_times=exact_times,
+        return self.read(
+            Selection(
+                offset=offset,
+                follow=follow,
+                streams=frozenset(streams),
+                tail=tail,
+                since=since,
+                until=until,
+                exact_times=exact_times,
+            )
         )
+
+    def read(self, selection: Selection) -> LogReader:
+        """As `log`, of a selection that was made before."""
         return self._log.reader(selection)
 
     def read_bounds(self) -> tuple[int, int]:

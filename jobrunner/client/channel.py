@@ -19,6 +19,7 @@ from h2.settings import SettingCodes
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Callable
 
     from grpclib.encoding.base import CodecBase
     from h2.config import H2Configuration
@@ -48,20 +49,30 @@ _CONFIGURATION = Configuration(
 class ClientProtocol(H2Protocol):
     """Asks for large frames, and remembers how the connection was lost."""
 
-    received = False
-    """Whether the server has sent anything: then it has accepted the client's certificate."""
-    gone = False
-    """Whether the connection is lost."""
+    received_at: float | None = None
+    """When the server first sent something, by the loop's clock: it has accepted the client's certificate."""
+    gone_at: float | None = None
+    """When the connection was lost."""
     lost: BaseException | None = None
     """What the transport said when it was lost; None also for a quiet end-of-file."""
 
     processor: EventsProcessor
     transport: asyncio.BaseTransport
 
-    def __init__(self, handler: Handler, config: Configuration, h2_config: H2Configuration) -> None:
+    def __init__(self, handler: Handler, config: Configuration, h2_config: H2Configuration, reached: Callable[[], None]) -> None:
+        """`reached` is called when the server first sends something."""
         super().__init__(handler, config, h2_config)
+        self._reached = reached
         self.closed = asyncio.Event()
-        """Set when `gone` is, and the socket is closed."""
+        """Set when the connection is lost, and the socket is closed."""
+
+    @property
+    def received(self) -> bool:
+        return self.received_at is not None
+
+    @property
+    def gone(self) -> bool:
+        return self.gone_at is not None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -76,11 +87,13 @@ class ClientProtocol(H2Protocol):
         self.processor.processors[UnknownFrameReceived] = lambda event: None
 
     def data_received(self, data: bytes) -> None:
-        self.received = True
+        if self.received_at is None:
+            self.received_at = asyncio.get_running_loop().time()
+            self._reached()
         super().data_received(data)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self.gone = True
+        self.gone_at = asyncio.get_running_loop().time()
         self.lost = exc
         super().connection_lost(exc)
         self.closed.set()
@@ -89,14 +102,31 @@ class ClientProtocol(H2Protocol):
 class ClientChannel(Channel):
     """A channel to HOST:PORT over mutual TLS. Connects on the first call, and again on the next one after a loss."""
 
-    def __init__(self, host: str, port: int, context: ssl.SSLContext, codec: CodecBase) -> None:
+    def __init__(
+        self, host: str, port: int, context: ssl.SSLContext, codec: CodecBase, reached: Callable[[], None] = lambda: None
+    ) -> None:
+        """`reached` is called whenever a connection has been made and the server has accepted the client's certificate."""
         super().__init__(host, port, ssl=context, codec=codec, config=_CONFIGURATION)
         self._tls = context
         self.last: ClientProtocol | None = None
         """The newest connection, kept after its loss for the diagnosis."""
+        self.reached = False
+        """Whether the server has been reached once."""
+        self._tell_reached = reached
+
+    def lasted(self, since: float) -> float:
+        """For how many seconds after this moment, by the loop's clock, there was a connection; 0 or less for not at all."""
+        if self.last is None or self.last.received_at is None:
+            return 0.0
+        end = asyncio.get_running_loop().time() if self.last.gone_at is None else self.last.gone_at
+        return end - max(since, self.last.received_at)
 
     def _protocol_factory(self) -> H2Protocol:
-        return ClientProtocol(Handler(), self._config, self._h2_config)
+        return ClientProtocol(Handler(), self._config, self._h2_config, self._first_byte)
+
+    def _first_byte(self) -> None:
+        self.reached = True
+        self._tell_reached()
 
     async def _create_connection(self) -> H2Protocol:
         with anyio.fail_after(CONNECT_TIMEOUT):

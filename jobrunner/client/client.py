@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import secrets
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from grpclib.const import Cardinality
+from grpclib.exceptions import GRPCError
 
 from jobrunner.client.channel import ClientChannel
 from jobrunner.client.errors import translated
 from jobrunner.client.reader import ClientOutputReader, OutputCall
+from jobrunner.client.resume import Attempts, Connection
 from jobrunner.errors import ConfigError, InternalError, JobNotFound, JobRunnerError, StopFailed
-from jobrunner.job import JobInfo, JobSpec, JobStatus, Limits, Stream
+from jobrunner.job import EndReason, JobInfo, JobSpec, JobStatus, Limits, Stream
+from jobrunner.output import Selection
 from jobrunner.tls import client_context
 from jobrunner.units import parse_address
 from jobrunner.wire import messages as pb
@@ -22,13 +26,14 @@ from jobrunner.wire.codec import StrictCodec
 from jobrunner.wire.convert import info_from_wire, limits_from_wire, spec_to_wire, timedelta_from_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 __all__ = ["ClientJob", "JobClient", "ServerFacts"]
 
 SERVICE = "/jobrunner.v1.JobService"
 VARIABLES = ("JOBRUNNER_ADDRESS", "JOBRUNNER_CA", "JOBRUNNER_CERT", "JOBRUNNER_KEY")
 PAGE = 1000
+STOPPED = "Job successfully stopped"
 
 _Reply = TypeVar("_Reply")
 
@@ -56,6 +61,10 @@ class JobClient:
 
     `timeout` is the deadline of one call in seconds. Calls that wait for a job have none: `wait`, reading a log, and `stop`
     without a grace period of its own, for the job's may be any. Keepalive tells within 30 s that a server is gone.
+
+    When the connection is lost, or the server restarts, readers go on where they were, and `wait`, `stop` and `start` are repeated
+    (a start under its request id, so that it happens once), until there was no progress for `resume_timeout` seconds; 0 for not at
+    all. `tell` is called with the error when the connection is lost, and with None when the server is reached again.
     """
 
     def __init__(
@@ -66,9 +75,12 @@ class JobClient:
         cert: str | os.PathLike[str],
         key: str | os.PathLike[str],
         timeout: float = 30.0,
+        resume_timeout: float = 60.0,
+        tell: Callable[[JobRunnerError | None], None] | None = None,
     ) -> None:
         self.address = address
         self.timeout = timeout
+        self._connection = Connection(resume_timeout, tell)
         self._host, self._port = _split(address)
         self._files = (Path(ca), Path(cert), Path(key))
         self._open: ClientChannel | None = None
@@ -88,7 +100,8 @@ class JobClient:
 
     async def __aenter__(self) -> Self:
         """Reads the certificates; connects on the first call. ConfigError says which file cannot be read, and why."""
-        self._open = ClientChannel(self._host, self._port, client_context(*self._files), StrictCodec())
+        context = client_context(*self._files)
+        self._open = ClientChannel(self._host, self._port, context, StrictCodec(), self._connection.back)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -99,7 +112,7 @@ class JobClient:
     async def start(self, spec: JobSpec | str, *args: str, **fields: Any) -> ClientJob:
         """Start a job: `start(JobSpec(...))`, or `start("echo", "hi", name="x")` with the fields of JobSpec.
 
-        A request id is made where none is given, so that whoever repeats this very request cannot start it twice.
+        A request id is made where none is given, so that this very request, when it is repeated, cannot start it twice.
         Raises InvalidRequest, StartFailed, LimitReached, RequestConflict.
         """
         if isinstance(spec, str):
@@ -108,7 +121,8 @@ class JobClient:
             raise TypeError("start() takes either a JobSpec, or a command with arguments and fields")
         if not spec.request_id:
             spec = replace(spec, request_id=secrets.token_hex(16))
-        reply = await self._unary("Start", spec_to_wire(spec), pb.JobStartResponse, "start job", self.timeout)
+        call = partial(self._unary, "Start", spec_to_wire(spec), pb.JobStartResponse, "start job", self.timeout)
+        reply, _ = await self._repeated(call, told=False)
         return ClientJob(self, reply.job_id)
 
     def get(self, job_id: str) -> ClientJob:
@@ -176,6 +190,25 @@ class JobClient:
                 raise InternalError(f"cannot {verb}: {self.address} answered without a message")
             return reply
 
+    async def _repeated(self, call: Callable[[], Awaitable[_Reply]], *, told: bool = True) -> tuple[_Reply, bool]:
+        """A call that may be made again when the connection was lost; its answer, and whether it was made again.
+
+        With `told` also when the server said that it is unavailable: one that ends tells so to those who wait.
+        """
+        attempts = Attempts(self._connection, self._channel)
+        again = False
+        while True:
+            try:
+                reply = await call()
+            except JobRunnerError as exc:
+                if not told and not again and isinstance(exc.__cause__, GRPCError):
+                    raise
+                await attempts.again(exc)
+                again = True
+            else:
+                attempts.answered()
+                return reply, again
+
     def _output_call(self) -> OutputCall:
         path = f"{SERVICE}/SubscribeOutput"
         return self._channel.request(path, Cardinality.UNARY_STREAM, pb.JobSubscriptionRequest, pb.JobOutputResponse)
@@ -214,27 +247,58 @@ class ClientJob:
         request = pb.JobStopRequest(job_id=self.job_id, grace=timedelta_from_seconds(grace))
         verb = f"stop job {self.job_id}"
         timeout = None if grace is None else self._client.timeout + grace
-        reply = await self._client._unary("Stop", request, pb.JobStopResponse, verb, timeout)
+        call = partial(self._client._unary, "Stop", request, pb.JobStopResponse, verb, timeout)
+        reply, again = await self._client._repeated(call)
         match reply.status:
             case "not found":
                 raise JobNotFound(self.job_id)
             case "stopped":
                 info = info_from_wire(reply.info) if reply.info is not None else await self.info()
-                return info, reply.message
+                # Asked again, a job that the first request has stopped had already ended.
+                return info, STOPPED if again and info.end_reason is EndReason.STOPPED else reply.message
             case _:
                 raise StopFailed(self.job_id, reply.message.removeprefix(f"cannot {verb}: "))
 
     async def wait(self) -> JobInfo:
         """Return when it has ended."""
         request = pb.JobWaitRequest(job_id=self.job_id)
-        return info_from_wire(await self._client._unary("Wait", request, pb.JobInfo, f"wait for job {self.job_id}", None))
+        call = partial(self._client._unary, "Wait", request, pb.JobInfo, f"wait for job {self.job_id}", None)
+        reply, _ = await self._client._repeated(call)
+        return info_from_wire(reply)
 
-    def log(self, offset: int = 0, *, follow: bool = True, streams: Collection[Stream] = tuple(Stream)) -> ClientOutputReader:
-        """Its output from an offset of the merged log on, to its end (`follow`) or as much as there is now.
+    def log(
+        self,
+        offset: int = 0,
+        *,
+        follow: bool = True,
+        streams: Collection[Stream] = tuple(Stream),
+        tail: int | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        exact_times: bool = False,
+    ) -> ClientOutputReader:
+        """Its output; to its end (`follow`), or as much as there is now.
 
-        Asks the server on the first read, so JobNotFound and OffsetOutOfRange come from there.
+        From an offset of the merged log on, or the last `tail` lines; what was written from `since` on and before `until`, seconds
+        since the epoch: `output.Selection` says it exactly. Raises InvalidRequest. Asks the server on the first read, so
+        JobNotFound and OffsetOutOfRange come from there.
         """
-        return ClientOutputReader(self._client._channel, self._client._output_call, self.job_id, offset, follow, streams)
+        return self.read(
+            Selection(
+                offset=offset,
+                follow=follow,
+                streams=frozenset(streams),
+                tail=tail,
+                since=since,
+                until=until,
+                exact_times=exact_times,
+            )
+        )
+
+    def read(self, selection: Selection) -> ClientOutputReader:
+        """As `log`, of a selection that was made before."""
+        client = self._client
+        return ClientOutputReader(client._channel, client._connection, client._output_call, self.job_id, selection)
 
 
 def _split(address: str) -> tuple[str, int]:

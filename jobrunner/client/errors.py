@@ -150,7 +150,7 @@ async def _lost(channel: ClientChannel, exc: Exception) -> JobRunnerError:
         return _refused(where, alert) or Unauthenticated(f"{where}: the server refused TLS: {_reason(alert)}")
     except OSError as probed:
         return Unavailable(f"{where}: {_reason(probed)}")
-    if said:
+    if said or channel.reached:  # who was accepted before and is refused now would be told an alert
         return Unavailable(f"lost the connection to {_address(channel)}: {_reason(last.lost or exc)}")
     return Unauthenticated(f"{where}: the server closed the connection during TLS: it probably rejected the client certificate")
 

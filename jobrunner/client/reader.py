@@ -2,27 +2,33 @@
 
 One task per reader receives ahead of the caller, at most PREFETCH bytes; so `next_nowait` can say what is there, and a caller that
 cancels its wait loses nothing. What is received and not yet taken is all that a reader holds: HTTP/2's window does the rest.
+
+A subscription that breaks off is followed by another one from the offset after the last byte received (`resume`). A caller that
+reads nothing for long has its subscription ended by the server; when it reads on there is another one, without a word.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from grpclib.client import Stream as Call
 
 from jobrunner.client.errors import translated
-from jobrunner.errors import InternalError, JobRunnerError, WouldBlock
-from jobrunner.output import Chunk, End, OutputReader
+from jobrunner.client.resume import Attempts
+from jobrunner.errors import InternalError, JobRunnerError, LimitReached, WouldBlock
+from jobrunner.output import Begin, Chunk, End, OutputReader, Selection
 from jobrunner.wire import messages as pb
-from jobrunner.wire.convert import output_from_wire, streams_to_wire
+from jobrunner.wire.convert import output_from_wire, selection_to_wire
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
     from jobrunner.client.channel import ClientChannel
-    from jobrunner.job import Gap, Stream
+    from jobrunner.client.resume import Connection
+    from jobrunner.job import Gap
 
 __all__ = ["ClientOutputReader"]
 
@@ -38,22 +44,18 @@ class ClientOutputReader(OutputReader):
     """A reader across the network. `offset` is where the next part will begin: a new reader from there goes on without loss."""
 
     def __init__(
-        self,
-        channel: ClientChannel,
-        call: Callable[[], OutputCall],
-        job_id: str,
-        offset: int,
-        follow: bool,
-        streams: Collection[Stream],
+        self, channel: ClientChannel, connection: Connection, call: Callable[[], OutputCall], job_id: str, selection: Selection
     ) -> None:
         super().__init__()
         self.job_id = job_id
-        self.offset = offset
+        self.offset = selection.offset
         self._channel = channel
+        self._connection = connection
         self._call = call
-        self._follow = follow
-        self._streams = frozenset(streams)
-        self._received_to = offset
+        self._selection = selection
+        self._begin: Begin | None = None
+        self._received_to: int | None = None
+        """The offset after the last byte or gap received; None before the first."""
         self._parts: deque[Chunk | Gap] = deque()
         self._held = 0
         self._last: End | JobRunnerError | None = None
@@ -106,9 +108,18 @@ class ClientOutputReader(OutputReader):
         await asyncio.wait([task])
 
     async def _receive(self) -> None:
-        """Receive until the end, an error or `aclose`. A lost connection is an error; one could resume at `_received_to`."""
+        """Receive until the end, an error that no new subscription would mend, or `aclose`."""
+        attempts = Attempts(self._connection, self._channel)
         try:
-            await self._subscribe()
+            while self._last is None:
+                before = self._received_to
+                try:
+                    await self._subscribe(attempts)
+                except LimitReached:
+                    if self._received_to == before:  # a bound that has nothing to do with how slowly we read
+                        raise
+                except JobRunnerError as exc:
+                    await attempts.again(exc)
         except JobRunnerError as exc:
             self._last = self._last or exc
         except Exception as exc:
@@ -117,39 +128,64 @@ class ClientOutputReader(OutputReader):
         finally:
             self._changed.set()
 
-    async def _subscribe(self) -> None:
-        """One subscription, from `_received_to` on; returns after END, raises for every other way in which it stops."""
-        request = pb.JobSubscriptionRequest(
-            job_id=self.job_id,
-            offset=self._received_to,
-            follow=self._follow,
-            streams=streams_to_wire(self._streams),
-        )
+    async def _subscribe(self, attempts: Attempts) -> None:
+        """One subscription; returns after END, raises for every other way in which it stops."""
+        request = selection_to_wire(self.job_id, self._rest())
         verb = f"read log of job {self.job_id}"
         async with translated(self._channel, verb) as attempt, self._call() as call:
             attempt.call = call
             await call.send_message(request, end=True)
+            await call.recv_initial_metadata()
+            attempts.answered()
             while (message := await call.recv_message()) is not None:
                 part = output_from_wire(message)
+                attempts.progress()
                 if isinstance(part, End):
                     self._last = part
                     self._changed.set()
+                elif isinstance(part, Begin):
+                    self._begin_at(part)
                 elif part is not None:
                     await self._put(part)
             # Asked for by hand: on its way out grpclib skips the trailers, and with them a status that is not OK, if the
             # server has closed the connection by then.
             await call.recv_trailing_metadata()
         if self._last is None:
-            raise InternalError(f"cannot read log of job {self.job_id}: it stopped at offset {self._received_to} without its end")
+            offset = self._rest().offset
+            raise InternalError(f"cannot read log of job {self.job_id}: it stopped at offset {offset} without its end")
+
+    def _rest(self) -> Selection:
+        """What is still to be asked for. `since` until something has come: it may be a time that is still to come."""
+        if self._received_to is not None:
+            return replace(self._selection, offset=self._received_to, tail=None, since=None)
+        if self._begin is not None:
+            return replace(self._selection, offset=self._begin.offset, tail=None)
+        return self._selection
+
+    def _begin_at(self, begin: Begin) -> None:
+        if self._begin is None:
+            self._begin = begin
+            self.offset = begin.offset
 
     async def _put(self, part: Chunk | Gap) -> None:
-        self._parts.append(part)
-        self._held += _weight(part)
         self._received_to = _next_offset(part)
+        wanted = self._wanted(part) if isinstance(part, Chunk) and self._begin is not None else part
+        if wanted is None:
+            return
+        self._parts.append(wanted)
+        self._held += _weight(wanted)
         self._changed.set()
         while self._held >= PREFETCH:
             self._room.clear()
             await self._room.wait()
+
+    def _wanted(self, chunk: Chunk) -> Chunk | None:
+        """Without what comes before the last lines of its stream, which a subscription from an offset gives too."""
+        assert self._begin is not None
+        before = self._begin.of(chunk.stream) - chunk.offset
+        if before <= 0:
+            return chunk
+        return replace(chunk, data=chunk.data[before:], offset=chunk.offset + before) if before < len(chunk.data) else None
 
 
 def _weight(part: Chunk | Gap) -> int:

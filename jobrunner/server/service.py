@@ -14,7 +14,7 @@ from grpclib.const import Cardinality, Handler
 from grpclib.server import Stream
 
 from jobrunner import __version__
-from jobrunner.errors import HostError, InvalidRequest, JobNotFound, StopFailed, Unsupported
+from jobrunner.errors import HostError, JobNotFound, StopFailed, Unsupported
 from jobrunner.job import EndReason, JobInfo, JobStatus
 from jobrunner.runner import JobRunner
 from jobrunner.server.auth import current_identity
@@ -24,8 +24,8 @@ from jobrunner.wire.convert import (
     info_to_wire,
     limits_to_wire,
     seconds_from_duration,
+    selection_from_wire,
     spec_from_wire,
-    streams_from_wire,
 )
 from jobrunner.wire.encode import Encoded, encode_output
 
@@ -34,7 +34,6 @@ __all__ = ["JobService"]
 PACKAGED = "/jobrunner.v1.JobService/"
 ORIGINAL = "/JobService/"
 ORIGINAL_CALLS = ("Start", "Stop", "QueryStatus", "SubscribeOutput")
-MAX_OFFSET = 1 << 62
 
 
 class DrainState(Protocol):
@@ -117,24 +116,18 @@ class JobService(pb.JobServiceBase):
         """Not through the generated base: chunks are encoded without it, and the reader is closed here, in the call's own task."""
         request = await stream.recv_message()
         assert request is not None
-        _check_subscription(request)
-        job = self._runner.get(request.job_id)
-        follow = request.follow is not False
-        async with job.log(request.offset, follow=follow, streams=streams_from_wire(request.streams)) as reader:
+        selection = selection_from_wire(request)
+        async with self._runner.get(request.job_id).read(selection) as reader:
+            # At once, so that a client knows that it is connected before there is any output.
+            await stream.send_initial_metadata()
+            if selection.tail is not None or selection.since is not None:
+                await stream.send_message(encode_output(await reader.locate()))
             async for part in reader:
                 await stream.send_message(encode_output(part))
                 # A send does not yield while the peer's window is open: one fast reader would hold up every other call.
                 await asyncio.sleep(0)
             if reader.end is not None:
                 await stream.send_message(encode_output(reader.end))
-
-
-def _check_subscription(request: pb.JobSubscriptionRequest) -> None:
-    for name in ("tail", "since", "until"):
-        if getattr(request, name) is not None:
-            raise Unsupported(f"cannot read log: {name}: this server does not offer it")
-    if request.offset > MAX_OFFSET:
-        raise InvalidRequest("offset", f"{request.offset} is past the end of any log", verb="read log")
 
 
 def _ending(info: JobInfo) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from jobrunner.errors import InvalidRequest
 from jobrunner.job import EndReason, Gap, JobInfo, JobSpec, JobStatus, Limits, OutputPolicy, Stream, Usage
-from jobrunner.output import Chunk, End
+from jobrunner.output import Begin, Chunk, End, Selection
 from jobrunner.wire import messages as pb
 
 __all__ = [
@@ -27,10 +27,10 @@ __all__ = [
     "output_to_wire",
     "seconds_from_datetime",
     "seconds_from_duration",
+    "selection_from_wire",
+    "selection_to_wire",
     "spec_from_wire",
     "spec_to_wire",
-    "streams_from_wire",
-    "streams_to_wire",
     "timedelta_from_seconds",
     "usage_from_wire",
     "usage_to_wire",
@@ -235,21 +235,40 @@ STREAMS: Mapping[Stream, pb.OutputStream] = {
 }
 
 
-def streams_to_wire(streams: frozenset[Stream]) -> list[pb.OutputStream]:
+def _streams_to_wire(streams: frozenset[Stream]) -> list[pb.OutputStream]:
     """Empty for both."""
     return [STREAMS[stream] for stream in Stream if stream in streams] if len(streams) < len(Stream) else []
 
 
-def streams_from_wire(values: list[pb.OutputStream]) -> frozenset[Stream]:
-    """Raises InvalidRequest for a stream that no job has."""
+def _streams_from_wire(values: list[pb.OutputStream]) -> frozenset[Stream]:
     names = {value: stream for stream, value in STREAMS.items()}
     for value in values:
         if value not in names:
             raise InvalidRequest("streams", f"{int(value)} is no output stream", verb="read log")
-    return frozenset(names[value] for value in values) or frozenset(Stream)
+    return frozenset(names[value] for value in values)
 
 
-def output_to_wire(part: Chunk | Gap | End) -> pb.JobOutputResponse:
+SELECTION: Mapping[str, Field] = {
+    "offset": SAME,
+    "follow": Field(_same, lambda follow: follow is not False),
+    "streams": Field(_streams_to_wire, _streams_from_wire),
+    "tail": SAME,
+    "since": MOMENT,
+    "until": MOMENT,
+    "exact_times": SAME,
+}
+
+
+def selection_to_wire(job_id: str, selection: Selection) -> pb.JobSubscriptionRequest:
+    return pb.JobSubscriptionRequest(job_id=job_id, **_out(SELECTION, selection))
+
+
+def selection_from_wire(message: pb.JobSubscriptionRequest) -> Selection:
+    """Raises InvalidRequest that names the field."""
+    return Selection(**_in(SELECTION, message))
+
+
+def output_to_wire(part: Chunk | Gap | End | Begin) -> pb.JobOutputResponse:
     match part:
         case Chunk(stream=Stream.STDOUT):
             return pb.JobOutputResponse(stdout=part.data, offset=part.offset, time=datetime_from_seconds(part.time))
@@ -261,14 +280,19 @@ def output_to_wire(part: Chunk | Gap | End) -> pb.JobOutputResponse:
         case End():
             info = info_to_wire(part.info) if part.info else None
             return pb.JobOutputResponse(offset=part.total_bytes, end=pb.End(total_bytes=part.total_bytes, info=info))
+        case Begin():
+            begin = pb.Begin(offset=part.offset, stdout=part.stdout, stderr=part.stderr)
+            return pb.JobOutputResponse(offset=part.offset, begin=begin)
 
 
-def output_from_wire(message: pb.JobOutputResponse) -> Chunk | Gap | End | None:
+def output_from_wire(message: pb.JobOutputResponse) -> Chunk | Gap | End | Begin | None:
     """None for a message of a kind that this version does not know; it carries no output."""
     if message.end is not None:
         return End(message.end.total_bytes, info_from_wire(message.end.info) if message.end.info else None)
     if message.gap is not None:
         return Gap(message.gap.first, message.gap.last, message.gap.reason)
+    if message.begin is not None:
+        return Begin(message.begin.offset, message.begin.stdout, message.begin.stderr)
     moment = seconds_from_datetime(message.time) or 0.0
     if message.stdout:
         return Chunk(Stream.STDOUT, message.stdout, message.offset, moment)

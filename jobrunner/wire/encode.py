@@ -8,7 +8,7 @@ protobuf's. https://protobuf.dev/programming-guides/encoding/
 from __future__ import annotations
 
 from jobrunner.job import Gap, Stream
-from jobrunner.output import Chunk, End
+from jobrunner.output import Begin, Chunk, End
 from jobrunner.wire.convert import output_to_wire
 
 __all__ = ["Encoded", "encode_chunk", "encode_output"]
@@ -35,8 +35,8 @@ class Encoded:
         return self.raw
 
 
-def encode_output(part: Chunk | Gap | End) -> Encoded:
-    """The message of any part of a log."""
+def encode_output(part: Chunk | Gap | End | Begin) -> Encoded:
+    """The message of any part of a log, or of where it begins."""
     return encode_chunk(part) if isinstance(part, Chunk) else Encoded(bytes(output_to_wire(part)))
 
 

@@ -18,6 +18,7 @@ from jobrunner.wire.generated.grpc.reflection.v1 import (
     ServiceResponse,
 )
 from jobrunner.wire.generated.jobrunner.v1 import (
+    Begin,
     End,
     Gap,
     GetServerRequest,
@@ -49,6 +50,7 @@ from jobrunner.wire.generated.jobrunner.v1 import (
 )
 
 __all__ = [
+    "Begin",
     "End",
     "ErrorResponse",
     "ExtensionNumberResponse",

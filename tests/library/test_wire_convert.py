@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jobrunner.errors import InvalidRequest
 from jobrunner.job import EndReason, JobInfo, JobSpec, JobStatus, Limits, OutputPolicy, Stream, Usage
+from jobrunner.output import Selection
 from jobrunner.wire import convert
 from jobrunner.wire import messages as pb
 from jobrunner.wire.codec import StrictCodec
@@ -177,11 +178,28 @@ def test_a_newer_kind_of_output_message_carries_no_output() -> None:
     assert convert.output_from_wire(pb.JobOutputResponse(offset=7)) is None
 
 
-@pytest.mark.parametrize("streams", [{Stream.STDOUT}, {Stream.STDERR}, set(Stream)])
-def test_the_streams_of_a_subscription_come_back_the_same(streams: set[Stream]) -> None:
-    assert convert.streams_from_wire(convert.streams_to_wire(frozenset(streams))) == streams
+selections = st.builds(
+    lambda since, until, **others: Selection(since=since, until=max(since, until) if since and until else until, **others),
+    since=st.none() | moments,
+    until=st.none() | moments,
+    follow=st.booleans(),
+    streams=st.sampled_from([frozenset({Stream.STDOUT}), frozenset({Stream.STDERR}), frozenset(Stream)]),
+    exact_times=st.booleans(),
+)
+
+
+@UNHURRIED
+@given(selections, st.fixed_dictionaries({"offset": st.integers(0, 1 << 62)}) | st.fixed_dictionaries({"tail": st.integers(0, 9)}))
+def test_what_to_read_comes_back_the_same(selection: Selection, where: dict[str, int]) -> None:
+    asked = dataclasses.replace(selection, **where)  # type: ignore[arg-type]
+    message = convert.selection_to_wire("0123456789ab", asked)
+    assert convert.selection_from_wire(StrictCodec().decode(bytes(message), pb.JobSubscriptionRequest)) == asked
+
+
+def test_a_subscription_of_the_original_design_follows_both_streams_from_the_first_byte() -> None:
+    assert convert.selection_from_wire(pb.JobSubscriptionRequest(job_id="0123456789ab")) == Selection()
 
 
 def test_a_stream_that_no_job_has_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="cannot read log: streams: 7"):
-        convert.streams_from_wire([pb.OutputStream(7)])
+        convert.selection_from_wire(pb.JobSubscriptionRequest(streams=[pb.OutputStream(7)]))

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobrunner.job import Gap, JobInfo, JobStatus, Stream
-from jobrunner.output import Chunk, End
+from jobrunner.output import Begin, Chunk, End
 from jobrunner.wire import messages as pb
 from jobrunner.wire.codec import StrictCodec
 from jobrunner.wire.convert import output_from_wire, output_to_wire
@@ -36,8 +36,10 @@ def test_a_chunk_of_any_length_comes_back_the_same(size: int) -> None:
     assert output_from_wire(message) == chunk
 
 
-@pytest.mark.parametrize("part", [Gap(5, 9, "dropped"), End(10), End(10, JobInfo("0123456789ab", JobStatus.FAILED, "ls"))])
-def test_gaps_and_the_end_are_messages_too(part: Gap | End) -> None:
+@pytest.mark.parametrize(
+    "part", [Gap(5, 9, "dropped"), End(10), End(10, JobInfo("0123456789ab", JobStatus.FAILED, "ls")), Begin(3, 3, 7)]
+)
+def test_gaps_the_beginning_and_the_end_are_messages_too(part: Gap | End | Begin) -> None:
     message = StrictCodec().decode(encode_output(part).raw, pb.JobOutputResponse)
     assert output_from_wire(message) == part
 

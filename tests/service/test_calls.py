@@ -129,8 +129,10 @@ async def test_without_follow_a_running_job_is_read_to_what_is_there(tmp_path: P
     [
         ({"offset": 100}, grpc.StatusCode.OUT_OF_RANGE, "cannot read log of job {}: offset 100 is past its end, 0"),
         ({"offset": (1 << 64) - 1}, grpc.StatusCode.INVALID_ARGUMENT, f"cannot read log: offset: {(1 << 64) - 1} is past"),
+        ({"since": {"seconds": -1}}, grpc.StatusCode.INVALID_ARGUMENT, "cannot read log: since: -1.0 is no time"),
+        ({"since": {"seconds": 2}, "until": {"seconds": 1}}, grpc.StatusCode.INVALID_ARGUMENT, "cannot read log: until: is before"),
         ({"streams": [9]}, grpc.StatusCode.INVALID_ARGUMENT, "cannot read log: streams: 9 is no output stream"),
-        ({"tail": 5}, grpc.StatusCode.UNIMPLEMENTED, "cannot read log: tail: this server does not offer it"),
+        ({"tail": 5, "offset": 1}, grpc.StatusCode.INVALID_ARGUMENT, "cannot read log: tail: cannot be combined with an offset"),
     ],
 )
 async def test_a_subscription_that_cannot_be_is_refused(

@@ -44,14 +44,15 @@ class Peer:
         }
 
 
-def client_of(address: str, trusted: Path, own: Path, timeout: float = 10.0) -> JobClient:
-    """A client that trusts the CA of one directory of certificates, and is the admin of another."""
-    return JobClient(address, ca=trusted / "ca.pem", cert=own / "admin.pem", key=own / "admin.key", timeout=timeout)
+def client_of(address: str, trusted: Path, own: Path, timeout: float = 10.0, resume_timeout: float = 0.0) -> JobClient:
+    """A client that trusts the CA of one directory of certificates, and is the admin of another. It tries everything once."""
+    ca, cert, key = trusted / "ca.pem", own / "admin.pem", own / "admin.key"
+    return JobClient(address, ca=ca, cert=cert, key=key, timeout=timeout, resume_timeout=resume_timeout)
 
 
 @asynccontextmanager
 async def peer_client(
-    path: Path, *, output: Answer | None = None, status: Answer | None = None, timeout: float = 10.0
+    path: Path, *, output: Answer | None = None, status: Answer | None = None, timeout: float = 10.0, resume_timeout: float = 0.0
 ) -> AsyncIterator[tuple[JobClient, Server]]:
     """An open client of such a server, and the server."""
     make_certs(path)
@@ -60,7 +61,7 @@ async def peer_client(
     port = listener.getsockname()[1]
     await server.start(sock=listener, ssl=server_context(path / "ca.pem", path / "server.pem", path / "server.key"))
     try:
-        async with client_of(f"127.0.0.1:{port}", path, path, timeout) as client:
+        async with client_of(f"127.0.0.1:{port}", path, path, timeout, resume_timeout) as client:
             yield client, server
     finally:
         server.close()

@@ -4,6 +4,7 @@
 # This file has been @generated
 
 __all__ = (
+    "Begin",
     "End",
     "Gap",
     "GetServerRequest",
@@ -76,6 +77,26 @@ class OutputStream(betterproto2.Enum):
             "OUTPUT_STREAM_STDOUT": 1,
             "OUTPUT_STREAM_STDERR": 2,
         }
+
+
+@dataclass(eq=False, repr=False)
+class Begin(betterproto2.Message):
+    """
+    Where a call with `tail` or `since` begins: its first message.
+    """
+
+    offset: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
+
+    stdout: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+    """
+    Bytes of each stream before these are not part of what was asked for: the last lines of two streams need not begin at one
+    place. A client that asks again from an offset passes over them.
+    """
+
+    stderr: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
+
+
+default_message_pool.register_message("jobrunner.v1", "Begin", Begin)
 
 
 @dataclass(eq=False, repr=False)
@@ -325,7 +346,10 @@ default_message_pool.register_message(
 @dataclass(eq=False, repr=False)
 class JobOutputResponse(betterproto2.Message):
     """
-    Exactly one of stdout, stderr, gap and end is set in a message of this server.
+    Exactly one of stdout, stderr, gap, end and begin is set in a message of this server.
+
+    A client whose connection is lost goes on without losing or doubling a byte by asking again, with the offset after the last
+    byte or gap that it has, or `begin.offset`, and without `tail`; and without `since` once it has a byte or a gap.
     """
 
     stdout: "bytes" = betterproto2.field(1, betterproto2.TYPE_BYTES)
@@ -350,6 +374,10 @@ class JobOutputResponse(betterproto2.Message):
     gap: "Gap | None" = betterproto2.field(5, betterproto2.TYPE_MESSAGE, optional=True)
 
     end: "End | None" = betterproto2.field(6, betterproto2.TYPE_MESSAGE, optional=True)
+
+    begin: "Begin | None" = betterproto2.field(
+        7, betterproto2.TYPE_MESSAGE, optional=True
+    )
 
 
 default_message_pool.register_message(
@@ -553,6 +581,10 @@ default_message_pool.register_message(
 
 @dataclass(eq=False, repr=False)
 class JobSubscriptionRequest(betterproto2.Message):
+    """
+    All of this can be combined, but for `tail` with an offset, on running and on ended jobs.
+    """
+
     job_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
 
     offset: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
@@ -562,7 +594,7 @@ class JobSubscriptionRequest(betterproto2.Message):
 
     follow: "bool | None" = betterproto2.field(3, betterproto2.TYPE_BOOL, optional=True)
     """
-    Not set means true. False: what is there now, then `end`.
+    Not set means true: to the end of the job. False: what is there now, then `end`.
     """
 
     streams: "list[OutputStream]" = betterproto2.field(
@@ -574,7 +606,8 @@ class JobSubscriptionRequest(betterproto2.Message):
 
     tail: "int | None" = betterproto2.field(5, betterproto2.TYPE_UINT64, optional=True)
     """
-    The last N lines of the selected streams, instead of an offset.
+    Only the last N lines of the selected streams, instead of an offset: of what is there, from `since` to `until`, when the
+    call begins. A last line without newline counts. What is written after that follows.
     """
 
     since: "datetime.datetime | None" = betterproto2.field(
@@ -584,7 +617,7 @@ class JobSubscriptionRequest(betterproto2.Message):
         optional=True,
     )
     """
-    Only output that was written from / before this time on.
+    From the first byte on that was read from the job at or after this time, in the order of the log.
     """
 
     until: "datetime.datetime | None" = betterproto2.field(
@@ -593,6 +626,16 @@ class JobSubscriptionRequest(betterproto2.Message):
         unwrap=lambda: __google__protobuf__.Timestamp,
         optional=True,
     )
+    """
+    Up to the first byte that was read from the job at or after this time. The call ends when the time has come, also if it
+    follows. Not before `since`.
+    """
+
+    exact_times: "bool" = betterproto2.field(8, betterproto2.TYPE_BOOL)
+    """
+    Each message is of one read from the job, so that its time is that of each of its bytes (to the millisecond: smaller reads
+    within one share a record). Otherwise a message may span 50 ms.
+    """
 
 
 default_message_pool.register_message(

@@ -94,12 +94,12 @@ secrets() {
     [ -z "$sources" ] || echo "--secret id=apt-sources,src=$sources"
 }
 
+trap finish EXIT
 [ "$(id -u)" = 0 ] || fail "it needs root; run: sudo make test-docker"
 need docker docker.io
 docker=$(client)
 compose="$docker compose"
 $compose version >/dev/null 2>&1 || { need docker-compose docker-compose && compose=docker-compose; }
-trap finish EXIT
 "$docker" info >/dev/null 2>&1 || start_daemon
 say "$("$docker" version -f 'Docker {{.Server.Version}}'), $($compose version --short), ${daemon:+a daemon of our own}"
 

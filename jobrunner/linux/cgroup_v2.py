@@ -37,7 +37,7 @@ IO_KEYS = {"read_bps": "rbps", "write_bps": "wbps", "read_iops": "riops", "write
 MAX_IOPS = (1 << 32) - 2
 """io.max takes 32 bits of operations; all ones means no limit."""
 SERVER_LEAF = re.compile(r"/jobrunner-[^/]+/server$")
-"""Where a server that had to make room has moved to. One that is opened after it by the same process starts above that, not in it."""
+"""Where a server that had to make room has moved to. One opened after it by the same process starts above that, not in it."""
 SWAP = "memory: swap is not limited, the kernel does not account it (boot with swapaccount=1)"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from jobrunner.job import Limits
 from jobrunner.linux import disk, kernfs
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
 from jobrunner.linux.cgroup_v1 import BUFFERED
+from jobrunner.linux.cgroup_v2 import SERVER_LEAF
 from jobrunner.linux.finding import Finding, Level, Needs, existing, from_error
 from jobrunner.linux.kernfs import LimitNotApplied
 from jobrunner.linux.mountinfo import CgroupMount, cgroup_mounts, own_cgroups
@@ -30,7 +30,6 @@ OF_CONTROLLER = {
 OF_V1 = {"io": "blkio"}
 SAMPLE = Limits(cpus=1.0, memory=64 << 20, pids=64, read_bps=1 << 30, write_bps=1 << 30, read_iops=100_000, write_iops=100_000)
 """Applied where the configuration has no default: what a job may ask for."""
-SERVER_LEAF = re.compile(r"/jobrunner-[^/]+/server$")
 
 _V2 = "boot with systemd.unified_cgroup_hierarchy=1 (cgroup v2)"
 _CONTROLLER = (

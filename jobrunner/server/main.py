@@ -96,6 +96,25 @@ def check(
 
 
 @app.command()
+def stop_jobs(
+    config: Annotated[Path | None, typer.Option(help="Settings in TOML.", envvar="JOBRUNNERD_CONFIG")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Where jobs and their output are kept.")] = None,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that jobs get at most, each within its own grace period.")] = 5.0,
+) -> None:
+    """Stop all jobs that run on while no server does, as when the host shuts down; they are told as `shutdown`.
+
+    Exit code 3 while a server holds the state directory: stop that first.
+    """
+
+    async def stop(settings: RunnerConfig) -> None:
+        async with JobRunner.open(settings) as runner:
+            await runner.stop_all(grace=grace, by="jobrunnerd")
+
+    with _told():
+        anyio.run(stop, load_runner(config, os.environ, {"state_dir": state_dir}))
+
+
+@app.command()
 def dev(
     directory: Annotated[
         Path | None, typer.Option("--dir", help="For certificates and jobs; a new one in /tmp if not given.")

@@ -137,7 +137,7 @@ class ClientOutputReader(OutputReader):
             await call.send_message(request, end=True)
             await call.recv_initial_metadata()
             attempts.answered()
-            while (message := await call.recv_message()) is not None:
+            while (message := await _message(call)) is not None:
                 part = output_from_wire(message)
                 attempts.progress()
                 if isinstance(part, End):
@@ -186,6 +186,15 @@ class ClientOutputReader(OutputReader):
         if before <= 0:
             return chunk
         return replace(chunk, data=chunk.data[before:], offset=chunk.offset + before) if before < len(chunk.data) else None
+
+
+async def _message(call: OutputCall) -> pb.JobOutputResponse | None:
+    """The next message, None after the last. GRPCError, by the status that follows, if the server ends the call within one."""
+    try:
+        return await call.recv_message()
+    except AssertionError:  # grpclib's word for that
+        await call.recv_trailing_metadata()
+        raise
 
 
 def _weight(part: Chunk | Gap) -> int:

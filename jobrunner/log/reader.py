@@ -282,12 +282,17 @@ class LogReader(OutputReader):
         first, self.offset = self.offset, segment.base
         self._release()
         self._segment, self._number = segment, 0
-        if first == segment.base:
+        record = segment.record(0, nowait=False) if first < segment.base else None
+        if first == segment.base or (record is not None and self._is_too_early(record)):
             return _Step.MOVED
-        record = segment.record(0, nowait=False)
-        if record is not None and self._is_too_early(record):
-            return _Step.MOVED
-        return Gap(first, segment.base - 1, record.gap_reason if record and record.kind == GAP else "dropped")
+        if record is None or record.kind != GAP:
+            return Gap(first, segment.base - 1, "dropped")
+        if first < record.end - record.lost:
+            # Segments were dropped that stood before the bytes that the record tells: those first, these when we come again.
+            self.offset = record.end - record.lost
+            self._release()
+            return Gap(first, self.offset - 1, "dropped")
+        return Gap(first, segment.base - 1, record.gap_reason)
 
     def _is_too_early(self, record: Record) -> bool:
         """Whether this is before `since`; no later record is asked once one was not."""

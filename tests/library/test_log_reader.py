@@ -147,6 +147,27 @@ async def test_lost_writes_are_a_gap_with_their_reason(tmp_path: Path) -> None:
     assert reader.end is not None and reader.end.total_bytes == 18
 
 
+async def test_dropped_bytes_before_lost_ones_are_a_gap_of_their_own(tmp_path: Path) -> None:
+    writer, owner = LogWriter(tmp_path / "log", segment_bytes=10), Owner()
+    for _ in range(2):
+        writer.write("stdout", b"0123456789")
+    writer.lose(5)
+    writer.write("stdout", b"after")
+    writer.end()
+    owner.end()
+    for name in ("000000000000000a", "000000000000000a.idx"):
+        (writer.directory / name).unlink()
+    expected = [Gap(10, 19, "dropped"), Gap(20, 24, "write_error"), b"after"]
+    with open_log(writer.directory, owner) as log:
+        for offset, first in (
+            (0, [b"0123456789", *expected]),
+            (12, [Gap(12, 19, "dropped"), *expected[1:]]),
+            (22, [Gap(22, 24, "write_error"), b"after"]),
+        ):
+            parts = await collect(log.reader(Selection(offset=offset)))
+            assert [part if isinstance(part, Gap) else part.data for part in parts] == first
+
+
 async def test_a_follower_gets_what_is_written_after_it_caught_up(tmp_path: Path) -> None:
     writer, owner = LogWriter(tmp_path / "log", segment_bytes=8), Owner()
     with open_log(writer.directory, owner) as log:

@@ -31,8 +31,8 @@ finish() {
     [ -z "$built" ] || "$docker" image rm -f "$JOBRUNNER_IMAGE" >/dev/null 2>&1 || true
     if [ -n "$daemon" ]; then
         kill -TERM "$daemon" 2>/dev/null && wait "$daemon" || true
-        # The parent of all containers' cgroups, which Docker leaves; one that another daemon uses is busy.
-        find /sys/fs/cgroup -maxdepth 2 -depth -type d -name docker -exec rmdir {} \; 2>/dev/null || true
+        # The parents of all containers' and builds' cgroups, which Docker leaves; those that another daemon uses are busy.
+        find /sys/fs/cgroup -depth -maxdepth 3 \( -name docker -o -path '*/docker/buildkit' \) -exec rmdir {} \; 2>/dev/null || true
     fi
     if grep -F " $work/" /proc/self/mountinfo >&2; then
         echo "test_docker.sh: these mounts were left behind" >&2

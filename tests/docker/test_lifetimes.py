@@ -60,6 +60,7 @@ def test_who_follows_a_job_sees_its_end_when_the_container_is_stopped(stack: Sta
 def test_after_docker_kill_jobs_are_told_as_lost_with_their_output(stack: Stack, cli: Cli) -> None:
     job_id = start_and_see_it_up(cli, STUBBORN)
     stack.docker("kill", stack.container())
+    stack.docker("wait", stack.container())  # a start before the end would be none
     serve_again(stack)
     job = cli.info(job_id)
     assert (job["status"], job["end_reason"]) == ("failed", "lost")

@@ -6,6 +6,7 @@ whoever gets BlockingIOError does the same read again in a thread.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
@@ -27,6 +28,8 @@ BLOCK = 16384 * 4 - 64
 """Chunks end at multiples of this, so that all readers cut a log into the same chunks. With its 5-byte prefix and the message's
 tags a block fills four HTTP/2 frames of 16 KiB and no fifth."""
 CACHE_BYTES = 8 << 20
+LISTINGS = 100
+"""How often a log is listed anew whose segments go away faster than they can be opened."""
 ENTRY_BYTES = 512
 """What a chunk in the cache weighs besides its bytes: a job that writes a little at a time makes chunks of a few bytes."""
 GAP_REASONS = ("write_error", "output_limit")
@@ -161,18 +164,22 @@ class Segment:
 
 
 def last_end(directory: Path) -> tuple[int, int]:
-    """(first offset that is still there, end offset) of a log; (0, 0) if there is none yet."""
-    bases = list_segments(directory)
+    """(first offset that is still there, end offset) of a log; (0, 0) if there is none yet. FileNotFoundError if it was removed."""
+    for _ in range(LISTINGS):
+        bases = list_segments(directory)
+        with contextlib.suppress(FileNotFoundError):  # retention took it after it was listed: list again
+            return (bases[0], _last_end(directory, bases)) if bases else (0, 0)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(directory))
+
+
+def _last_end(directory: Path, bases: list[int]) -> int:
     for base in reversed(bases):
-        segment = Segment(directory, base)
-        try:
+        with contextlib.closing(Segment(directory, base)) as segment:
             count = segment.records()
             record = segment.record(count - 1, nowait=False) if count else None
-        finally:
-            segment.close()
         if record is not None:
-            return bases[0], record.end
-    return (bases[0], bases[0]) if bases else (0, 0)
+            return record.end
+    return bases[0]
 
 
 class ChunkCache:

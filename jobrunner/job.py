@@ -297,7 +297,8 @@ class Usage:
 class Gap:
     """A part of the log that is not there: bytes `first` to `last`, both included.
 
-    `reason`: `dropped` to hold the output limit, `output_limit` past the one that ended the job, `write_error` (the disk was full).
+    `reason`: `dropped` to hold the output limit, `output_limit` past the one that ended the job, `write_error` (the disk was full),
+    `lost` (the host crashed before they were on disk).
     """
 
     first: int

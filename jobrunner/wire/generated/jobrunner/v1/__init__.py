@@ -130,7 +130,8 @@ class Gap(betterproto2.Message):
 
     reason: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    `dropped` (past the output limit) or `write_error` (the disk was full).
+    `dropped` (to hold the output limit), `output_limit` (past the limit that ended the job), `write_error` (the disk was full) or
+    `lost` (the host crashed before it was on disk).
     """
 
 
@@ -172,7 +173,8 @@ class JobInfo(betterproto2.Message):
 
     end_reason: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    exited | signaled | oom_killed | lost | stopped | deadline | idle_timeout | output_limit | shutdown; empty while it runs.
+    exited | signaled | oom_killed | lost | stopped | deadline | idle_timeout | output_limit | log_error | shutdown;
+    empty while it runs.
     """
 
     exit_code: "int | None" = betterproto2.field(

@@ -26,6 +26,9 @@ KEYS = [
     "cwd",
     "merge",
     "stop-signal",
+    "output-limit",
+    "output-policy",
+    "on-write-error",
     "grace-ms",
     "env",
     "arg",
@@ -72,7 +75,7 @@ def test_random_lists_are_refused_or_started_and_never_misread(sanitized: Path, 
     # It claims nothing: `ctl` is there already, so that even a list that is still right ends at `claim`.
     (job.directory / "ctl").touch()
     counters = [("counter", "pids_peak 1 - /dev/null"), ("counter", "oom_kills 1 oom_kill /proc/self/status")]
-    good = pack_plan(job.plan("true", "x", cgroup_items=counters, timeout=1.0, open_files=10))
+    good = pack_plan(job.plan("true", "x", cgroup_items=counters, timeout=1.0, open_files=10, output_limit=1 << 20))
     steps = set()
     for number in range(400):
         items = random_list(rng, good)

@@ -8,6 +8,7 @@ import typer
 
 from jobrunner import __version__
 from jobrunner.job import JobStatus, Stream
+from jobrunner.output import Selection
 from jobrunner_cli import submit
 from jobrunner_cli.exitcodes import job_exit_code
 from jobrunner_cli.session import Settings, connected, say, warn
@@ -133,17 +134,29 @@ def log(
     ctx: typer.Context,
     job_id: JobId,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends.")] = False,
+    tail: Annotated[str | None, typer.Option(metavar="N", help="Only the last N lines of what is there.")] = None,
+    since: Annotated[str | None, typer.Option(metavar="WHEN", help="From this time on: 10m (ago), or 2026-01-31T12:00:00.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="WHEN", help="Up to this time.")] = None,
+    timestamps: Annotated[bool, typer.Option("-t", "--timestamps", help="Each line with the time it was written.")] = False,
     offset: Annotated[str, typer.Option(metavar="BYTE", help="Start at this byte of the output.")] = "0",
     stream: Annotated[str, typer.Option(metavar="stdout|stderr", help="Only this stream.")] = "",
 ) -> int:
     """Copy a job's output: its stdout to stdout, its stderr to stderr."""
-    first = submit.offset(offset)
-    streams = submit.words("stream", Stream, [stream] if stream else [], "read log") or list(Stream)
+    selection = Selection(
+        offset=submit.offset(offset),
+        follow=follow,
+        streams=frozenset(submit.words("stream", Stream, [stream] if stream else [], "read log")),
+        tail=submit.count("tail", tail, "read log"),
+        since=submit.moment("since", since, "read log"),
+        until=submit.moment("until", until, "read log"),
+        exact_times=timestamps,
+    )
 
     async def copy(client: JobClient) -> None:
         from jobrunner_cli.follow import copy_output
+        from jobrunner_cli.stamp import Stamper
 
-        await copy_output(client.get(job_id).log(first, follow=follow, streams=streams))
+        await copy_output(client.get(job_id).read(selection), Stamper() if timestamps else None)
 
     connected(ctx.obj, copy)
     return 0

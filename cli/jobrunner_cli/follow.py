@@ -15,35 +15,59 @@ from jobrunner.job import EndReason, Gap, JobInfo, JobSpec, Stream
 from jobrunner_cli.exitcodes import INTERRUPTED, OutputFailed, job_exit_code
 from jobrunner_cli.session import warn
 from jobrunner_cli.show import ending
+from jobrunner_cli.stamp import Stamper
 from jobrunner_cli.writer import STDERR, STDOUT, OutputClosed, OutputWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from jobrunner.client import ClientJob, JobClient
-    from jobrunner.output import End, OutputReader
+    from jobrunner.output import Chunk, End, OutputReader
 
 __all__ = ["copy_output", "run_job"]
 
 FD = {Stream.STDOUT: STDOUT, Stream.STDERR: STDERR}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+UNFINISHED = 0.2
+"""Seconds that the beginning of a line waits for its rest before it is shown with its stamp: it may be a question."""
 
 
-async def copy_output(reader: OutputReader) -> End:
-    """Write all that a reader gives; returns when it is written. Gaps are told on standard error."""
+async def copy_output(reader: OutputReader, stamper: Stamper | None = None) -> End:
+    """Write all that a reader gives, with stamps if there is a stamper; returns when it is written.
+
+    Gaps are told on standard error.
+    """
     _keep_heap()
     writer = OutputWriter()
     async with reader:
-        async for part in reader:
+        while (part := await _next(reader, writer, stamper)) is not None:
             if isinstance(part, Gap):
+                await _write(writer, stamper.finish() if stamper is not None else ())
                 text = f"jobrunner: bytes {part.first} to {part.last} of the output are not there: {part.reason}\n"
                 await writer.write(STDERR, text.encode())
-            else:
+            elif stamper is None:
                 await writer.write(FD[part.stream], part.data)
+            else:
+                await _write(writer, stamper.feed(part))
+    await _write(writer, stamper.finish() if stamper is not None else ())
     await writer.drain()
     if reader.end is None:
         raise InternalError("cannot read log: it stopped without its end")
     return reader.end
+
+
+async def _next(reader: OutputReader, writer: OutputWriter, stamper: Stamper | None) -> Chunk | Gap | None:
+    """The next part, None at the end. What the stamper holds is written if that is long in coming."""
+    if stamper:
+        with anyio.move_on_after(UNFINISHED):
+            return await anext(reader, None)
+        await _write(writer, stamper.flush())
+    return await anext(reader, None)
+
+
+async def _write(writer: OutputWriter, pieces: Iterable[tuple[Stream, bytes]]) -> None:
+    for stream, data in pieces:
+        await writer.write(FD[stream], data)
 
 
 async def run_job(client: JobClient, spec: JobSpec) -> int:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from jobrunner.client import JobClient
+    from jobrunner.errors import JobRunnerError
 
 __all__ = ["Settings", "connected", "say", "warn"]
 
@@ -35,7 +36,7 @@ class Settings:
         for name in ("address", "ca", "cert", "key"):
             if not getattr(self, name):
                 raise ConfigError(f"--{name} or JOBRUNNER_{name.upper()}", "neither is set")
-        return JobClient(self.address, ca=self.ca, cert=self.cert, key=self.key)
+        return JobClient(self.address, ca=self.ca, cert=self.cert, key=self.key, tell=_tell)
 
 
 def connected(settings: Settings, work: Callable[[JobClient], Awaitable[T]]) -> T:
@@ -52,6 +53,11 @@ def connected(settings: Settings, work: Callable[[JobClient], Awaitable[T]]) -> 
             return await work(client)
 
     return anyio.run(opened)
+
+
+def _tell(lost: JobRunnerError | None) -> None:
+    """One line when the connection is lost, and one when it is back."""
+    warn("connected again" if lost is None else f"{lost.message}; trying again")
 
 
 def say(text: str) -> None:

@@ -1,8 +1,11 @@
-"""The options of `start` and `run`, and the request that they make."""
+"""The options of `start` and `run` and the request that they make; values of other commands' options."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+import time
+from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -38,8 +41,10 @@ __all__ = [
     "Timeout",
     "WriteBps",
     "WriteIops",
+    "count",
     "duration",
     "limits",
+    "moment",
     "offset",
     "pairs",
     "spec",
@@ -119,6 +124,16 @@ def words(field: str, kind: type[E], texts: Iterable[str], verb: str) -> list[E]
     return [kind(text) for text in texts]
 
 
+def count(field: str, text: Text, verb: str) -> int | None:
+    """A whole number."""
+    return _parsed(field, _integer, text, verb)
+
+
+def moment(field: str, text: Text, verb: str) -> float | None:
+    """Seconds since the epoch: a duration before now, or a time as of ISO 8601, local if it names no offset."""
+    return _parsed(field, _moment, text, verb)
+
+
 def offset(text: str) -> int:
     """A byte of a log."""
     value = _parsed("offset", _integer, text, "read log")
@@ -140,6 +155,15 @@ def _integer(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,19}", text):
         raise ValueError(f"{text[:64]!r} is no whole number")
     return int(text)
+
+
+def _moment(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        return time.time() - parse_duration(text)
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise ValueError(f"{text[:64]!r} is neither a duration such as 10m nor a time such as 2026-01-31T12:00:00Z") from None
 
 
 def _decimal(text: str) -> float:

@@ -356,7 +356,8 @@ class LogReader(OutputReader):
             number, last = number + 1, record
         stop = min(last.end, border)
         data = segment.data(self.offset, stop - self.offset, nowait)
-        chunk = Chunk(STREAMS[first.stream], data, self.offset, first.time_ns / 1e9)
+        # Rounded down, so that a time that was told is not after the record it was told of: as `since` it gives that record again.
+        chunk = Chunk(STREAMS[first.stream], data, self.offset, first.time_ns // 1000 / 1_000_000)
         if len(data) < stop - self.offset:  # after a crash of the host: what is there, and `_miss` for the rest
             number = segment.find(chunk.next_offset, nowait)
         elif last.end <= border:

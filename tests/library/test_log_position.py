@@ -147,6 +147,17 @@ async def test_exact_times_give_each_record_its_own_chunk(tmp_path: Path) -> Non
     assert times == [(b"0\n", 2), (b"1\n", 4), (b"2\n", 6)]
 
 
+async def test_a_time_that_was_told_is_the_time_of_what_it_was_told_of(tmp_path: Path) -> None:
+    writer = LogWriter(tmp_path / "log")
+    for number in range(100):
+        writer.write("stdout", b"%02d" % number, 60_000_777)
+    writer.end()
+    for part in await read(writer, exact_times=True):
+        assert isinstance(part, Chunk)
+        assert text(await read(writer, since=part.time))[:2] == part.data
+        assert text(await read(writer, until=part.time)) == text(await read(writer))[: part.offset]
+
+
 @pytest.mark.parametrize(
     ("fields", "name"),
     [

@@ -12,7 +12,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from jobrunner import Limits
+from jobrunner import JobSpec, Limits
 from jobrunner.errors import HostError
 from jobrunner.linux.cgroup import CgroupHost
 from jobrunner.linux.disk import disks_under
@@ -58,7 +58,7 @@ async def test_the_limits_are_in_the_kernel_as_asked(host: CgroupHost, tmp_path:
 
 async def test_a_job_is_born_into_its_cgroup_and_its_shim_beside_it(tmp_path: Path) -> None:
     async with open_runner(tmp_path) as runner:
-        job = await runner.start(shell("exec sleep 1000"))
+        job = await runner.start(JobSpec("sleep", ("1000",)))
         assert job.cgroup is not None
         (members,) = member_directories(job.cgroup)
         inside = {text(Path("/proc", pid, "comm")) for pid in text(members / "cgroup.procs").split()}

@@ -40,6 +40,8 @@ MAX_ARG = 131071
 """Longest argument or NAME=VALUE, in bytes without its NUL: MAX_ARG_STRLEN - 1, execve(2)."""
 MAX_ARGS_TOTAL = 1 << 20
 """Bytes of all arguments and the environment together; half of what the kernel takes with an 8 MiB stack (execve(2))."""
+MAX_ARGS = 32_000
+"""Arguments, and half as many variables: what can be asked for can also be answered in one message (wire/codec.py)."""
 MAX_NAME = 128
 MAX_LABELS = 64
 MAX_SECONDS = 10 * 365 * 86400.0
@@ -205,6 +207,10 @@ class JobSpec:
         if not self.command:
             raise InvalidRequest("command", "must not be empty")
         _check_text("command", self.command)
+        if len(self.args) > MAX_ARGS:
+            raise InvalidRequest("args", f"{len(self.args)} are more than {MAX_ARGS}")
+        if len(self.env) > MAX_ARGS // 2:
+            raise InvalidRequest("env", f"{len(self.env)} variables are more than {MAX_ARGS // 2}")
         for index, arg in enumerate(self.args):
             _check_text(f"args[{index}]", arg)
         for name, value in self.env.items():
@@ -425,7 +431,7 @@ def describe(ending: Ending, limits: Limits) -> str:
             peak = f", peak {ending.usage.memory_peak} bytes" if ending.usage.memory_peak is not None else ""
             return f"out of memory: the limit is {limits.memory} bytes{peak}; start it with a higher memory limit"
         case EndReason.LOST:
-            return "lost: the host restarted or the job's supervisor was killed, so how it ended is unknown"
+            return "lost: the host restarted, or a process that supervised the job was killed, so how it ended is unknown"
         case EndReason.STOPPED:
             return f"stopped by {ending.stopped_by or 'an unknown user'}{tail}"
         case EndReason.DEADLINE:

@@ -99,10 +99,13 @@ class StateDir:
             raw = json.loads(path.read_bytes())
             if raw["version"] != VERSION:
                 raise RecordError(f"cannot read {path}: its version is {raw['version']}, this server knows {VERSION}")
-            return _from_json(raw)
+            record = _from_json(raw)
+            if record.job_id != job_id:
+                raise RecordError(f"cannot read {path}: it is of job {record.job_id}")
+            return record
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, JobRunnerError) as exc:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, JobRunnerError) as exc:
             raise exc if isinstance(exc, RecordError) else RecordError(f"cannot read {path}: {exc!r}") from exc
 
     def settle(self, job_id: str) -> None:
@@ -136,7 +139,7 @@ class StateDir:
         """The stop that was asked for, None if there was none."""
         try:
             return parse_stop((self.directory(job_id) / "stop").read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return None
 
 
@@ -190,7 +193,7 @@ def _from_json(raw: dict[str, Any]) -> JobRecord:
         limits=_limits(raw["limits"]),
         user=raw["user"],
         node=raw["node"],
-        created=raw["created"],
+        created=float(raw["created"]),
         fingerprint=raw["fingerprint"],
         cgroup=raw["cgroup"],
         missing=tuple(raw["missing"]),

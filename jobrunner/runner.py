@@ -193,7 +193,7 @@ class JobRunner:
 
     def _make_cgroup(self, job_id: str, spec: JobSpec, limits: Limits) -> JobCgroup:
         explicit = {f.name for f in fields(Limits) if getattr(spec.limits, f.name) is not None}
-        disks = disk.disks_under([self.state.path, "/"])
+        disks = disk.disks_under([self.state.path, "/", *disk.mounted_on_disks()])
         return self.cgroups.create(job_id, limits, disks, self.config.allow_missing, explicit)
 
     def adopt(self, record: JobRecord, cgroup: JobCgroup, started: float) -> RunnerJob:

@@ -126,7 +126,11 @@ class JobClient:
         return ClientJob(self, reply.job_id)
 
     def get(self, job_id: str) -> ClientJob:
-        """A job by its id; asks nobody, so an id that no job has is told by the first call on it."""
+        """A job by its id; asks nobody, so an id that no job has is told by the first call on it. JobNotFound for what is no text."""
+        try:
+            job_id.encode()
+        except UnicodeEncodeError as exc:
+            raise JobNotFound(job_id.encode("utf-8", "backslashreplace").decode()) from exc
         return ClientJob(self, job_id)
 
     async def remove(self, job_id: str) -> None:

@@ -1,7 +1,8 @@
 """Jobs' cgroups on v1 and hybrid hosts: one directory in each hierarchy, and in a hybrid host's v2 tree for its `cgroup.kill`.
 
-The shim enters the CPU hierarchy alone, so that copying a flood of output is paid for by the job; init enters all of them. The
-files: the kernel's Documentation/admin-guide/cgroup-v1 and Documentation/scheduler/sched-bwc.
+The shim enters the CPU hierarchy alone, beside the job's processes and under the same limit, so that copying a flood of output is
+paid for by the job; init enters all of them. The files: the kernel's Documentation/admin-guide/cgroup-v1 and
+Documentation/scheduler/sched-bwc.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from jobrunner.linux.mountinfo import CONTROLLERS, CgroupMount, cgroup_version
 __all__ = ["CgroupV1", "CgroupV1Host"]
 
 UNIFIED = "unified"
+SHIM, JOB = "shim", "job"
+"""Below a job's directory in the CPU hierarchy, which has the limit of both: the shim's share is that of all the job's processes
+together, or hundreds of them would keep it from its timers."""
 PERIOD = 100_000
 """Microseconds: the kernel's default for cpu.cfs_period_us."""
 MIN_QUOTA = 1000
@@ -51,10 +55,13 @@ class CgroupV1:
         items = []
         v1 = {name: directory for name, directory in self._directories.items() if name != UNIFIED}
         if "cpu" in v1:
-            items.append(("cgroup1-shim", f"{v1['cpu']}/tasks"))
-        items += [("cgroup1-job", f"{directory}/tasks") for directory in dict.fromkeys(v1.values())]
+            items.append(("cgroup1-shim", f"{v1['cpu'] / SHIM}/tasks"))
+        places = [directory / JOB if directory == v1.get("cpu") else directory for directory in dict.fromkeys(v1.values())]
+        items += [("cgroup1-job", f"{place}/tasks") for place in places]
         if UNIFIED in self._directories:
             items.append(("cgroup2-job", str(self._directories[UNIFIED])))
+        if "cpu" in v1:
+            items.append(("cpu-quota", f"{v1['cpu']}/cpu.cfs_quota_us"))
         if "memory" in v1:
             items.append(("oom-control", f"{v1['memory']}/memory.oom_control"))
         return items + [counter.item() for counter in self._counters]
@@ -71,13 +78,16 @@ class CgroupV1:
             write_if_there(self._directories["pids"] / "pids.max", "0")
         if UNIFIED in self._directories:
             write_if_there(self._directories[UNIFIED] / "cgroup.kill", "1")
+        if "cpu" in self._directories:  # dying takes CPU time
+            write_if_there(self._directories["cpu"] / "cpu.cfs_quota_us", "-1")
         # Of init's hierarchies the first that is not also the shim's: a shim that lives has its job's end in hand.
         job = next((self._directories[name] for name in ("pids", "memory", "blkio", "cpuacct") if name in self._directories), None)
         if job is not None:
             kernfs.kill_members(job / "cgroup.procs")
 
     def remove(self) -> bool:
-        return kernfs.remove(dict.fromkeys(self._directories.values()))
+        parts = [self._directories["cpu"] / part for part in (SHIM, JOB)] if "cpu" in self._directories else []
+        return kernfs.remove([*parts, *dict.fromkeys(self._directories.values())])
 
     async def removed(self, timeout: float = 5.0) -> bool:
         return await kernfs.remove_soon(self.remove, timeout)
@@ -155,7 +165,10 @@ class CgroupV1Host:
         try:
             for jobs in dict.fromkeys(self._jobs.values()):
                 kernfs.make(jobs / job_id)
-                made.append(jobs / job_id)
+                made.insert(0, jobs / job_id)
+            for part in (SHIM, JOB) if "cpu" in self._jobs else ():
+                kernfs.make(self._jobs["cpu"] / job_id / part)
+                made.insert(0, self._jobs["cpu"] / job_id / part)
             directories = self._directories(job_id)
             outcome = Outcome(allow_missing, explicit)
             self._limit_cpu(directories, limits, outcome)

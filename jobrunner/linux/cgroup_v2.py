@@ -71,6 +71,8 @@ class CgroupV2:
 
     def launch_items(self) -> list[tuple[str, str]]:
         where = [("cgroup2-shim", str(self._shim)), ("cgroup2-job", str(self._job))]
+        if (self._top / "cpu.max").exists():
+            where.append(("cpu-quota", str(self._top / "cpu.max")))
         return where + [counter.item() for counter in self._counters]
 
     def usage(self) -> Usage:
@@ -78,6 +80,7 @@ class CgroupV2:
         return usage_of([*self._counters, *(Counter(field, 1, "-", f"{self._job}/{file}") for field, file in now)])
 
     def kill(self) -> None:
+        write_if_there(self._top / "cpu.max", "max")  # dying takes CPU time
         if (self._job / "cgroup.kill").exists():
             write_if_there(self._job / "cgroup.kill", "1")
             return

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jobrunner.linux.mountinfo import Mount, mount_of, read_mountinfo
 
-__all__ = ["Disk", "disks_under"]
+__all__ = ["Disk", "disks_under", "mounted_on_disks"]
 
 MEMORY = ("tmpfs", "ramfs")
 SYS = Path("/sys")
@@ -32,6 +32,11 @@ class Disk:
     """Why there is no disk: `/x is on nfs, which has no disk here`."""
     memory: bool = False
     """Nothing written there reaches a disk, so there is nothing to limit."""
+
+
+def mounted_on_disks() -> list[str]:
+    """Mount points of this process's mount table whose file system is on a block device: what a job that sees them can write to."""
+    return [mount.point for mount in read_mountinfo() if mount.source.startswith("/dev/")]
 
 
 def disks_under(paths: Iterable[str | os.PathLike[str]], sys: Path = SYS) -> list[Disk]:

@@ -39,6 +39,7 @@ static const struct key PLAN_KEYS[] = {
 	{"cgroup1-shim", TEXTS, false, AT(plan, cgroup1_shim), AT(plan, n_cgroup1_shim), 0, MAX_CGROUPS},
 	{"cgroup1-job", TEXTS, false, AT(plan, cgroup1_job), AT(plan, n_cgroup1_job), 0, MAX_CGROUPS},
 	{"oom-control", PATH, false, AT(plan, oom_control), 0, 0, 0},
+	{"cpu-quota", PATH, false, AT(plan, cpu_quota), 0, 0, 0},
 	{"counter", TEXTS, false, AT(plan, counters), AT(plan, n_counters), 0, MAX_COUNTERS},
 	{"hostname", TEXT, true, AT(plan, hostname), 0, 0, 0},
 	{"cwd", PATH, true, AT(plan, cwd), 0, 0, 0},
@@ -202,7 +203,7 @@ void plan_free(struct plan *plan)
 {
 	munmap(plan->list, MAX_LIST);
 	munmap(plan->vectors, plan->vectors_size);
-	plan->dir = plan->cgroup2_shim = plan->cgroup2_job = plan->oom_control = plan->hostname = plan->cwd = NULL;
+	plan->dir = plan->cgroup2_shim = plan->cgroup2_job = plan->oom_control = plan->cpu_quota = plan->hostname = plan->cwd = NULL;
 	plan->n_cgroup1_shim = plan->n_cgroup1_job = plan->n_counters = 0;
 	plan->argv = plan->env = NULL;
 }

@@ -25,7 +25,7 @@
 
 /* A launch list. Strings point into the list; -1 is a number that was not given. */
 struct plan {
-	const char *dir, *cgroup2_shim, *cgroup2_job, *oom_control, *hostname, *cwd;
+	const char *dir, *cgroup2_shim, *cgroup2_job, *oom_control, *cpu_quota, *hostname, *cwd;
 	const char *cgroup1_shim[MAX_CGROUPS], *cgroup1_job[MAX_CGROUPS], *counters[MAX_COUNTERS];
 	int n_cgroup1_shim, n_cgroup1_job, n_counters;
 	int64_t merge, stop_signal, grace_ms, timeout_ms, idle_timeout_ms, segment_bytes, open_files;
@@ -141,7 +141,8 @@ void retention_grow(size_t size);
 /* What the launcher opens before anything is born: what can be refused is refused there. -1: none. */
 struct places {
 	int dir, log, null;
-	int cgroup2_shim, cgroup2_job, oom_control, event_control;
+	int cgroup2_shim, cgroup2_job, oom_control, event_control, cpu_quota;
+	const char *no_quota;		/* what lifts the CPU limit when it is written to cpu_quota */
 	int cgroup1_shim[MAX_CGROUPS], cgroup1_job[MAX_CGROUPS];
 };
 

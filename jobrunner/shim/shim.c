@@ -71,7 +71,7 @@ static int make_output(struct job *job, int writing[2], struct report *why)
 static void close_private(const struct job *job, int reading, int answer)
 {
 	const int private[] = {job->ctl, job->ctl_keeper, job->channel, job->output[0], job->output[1], job->oom, reading, answer,
-			       job->places->dir, job->places->log};
+			       job->places->dir, job->places->log, job->places->cpu_quota};
 	for (size_t i = 0; i < sizeof private / sizeof *private; i++)
 		if (private[i] >= 0)
 			close(private[i]);

@@ -19,12 +19,20 @@
 
 enum { OUT, ERR, INIT, CHANNEL, CTL, OOM, N_WATCHED };
 
-/* The one way to end a job: with init goes everything in its PID namespace (pid_namespaces(7)). */
+/*
+ * The one way to end a job: with init goes everything in its PID namespace (pid_namespaces(7)).
+ *
+ * Dying takes CPU time, and hundreds of processes under a small CPU limit would take minutes to die: the limit goes with the kill,
+ * after which nothing of the job's own runs any more.
+ */
 void kill_init(struct job *job)
 {
+	const struct places *places = job->places;
 	job->killed = true;
 	job->kill_at = NEVER;
 	send_signal(job->init, SIGKILL);
+	if (places->cpu_quota >= 0)
+		write_all(places->cpu_quota, places->no_quota, strlen(places->no_quota));
 }
 
 /*

@@ -184,7 +184,7 @@ async def test_removed_says_when_a_process_is_still_there(host: CgroupHost) -> N
 def test_controllers_of_one_hierarchy_share_a_directory() -> None:
     cgroup = CgroupV1({"cpu": Path("/c/x"), "cpuacct": Path("/c/x"), "pids": Path("/p/x")}, ())
     tasks = [item for item in cgroup.launch_items() if item[0].startswith("cgroup1")]
-    assert tasks == [("cgroup1-shim", "/c/x/tasks"), ("cgroup1-job", "/c/x/tasks"), ("cgroup1-job", "/p/x/tasks")]
+    assert tasks == [("cgroup1-shim", "/c/x/shim/tasks"), ("cgroup1-job", "/c/x/job/tasks"), ("cgroup1-job", "/p/x/tasks")]
 
 
 async def test_a_tree_that_cannot_be_written_to_is_told_with_the_remedy(tmp_path: Path) -> None:

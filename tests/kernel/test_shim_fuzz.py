@@ -21,6 +21,7 @@ KEYS = [
     "cgroup2-shim",
     "cgroup1-job",
     "oom-control",
+    "cpu-quota",
     "counter",
     "hostname",
     "cwd",

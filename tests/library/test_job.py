@@ -56,6 +56,8 @@ def test_every_ending_is_told_in_a_sentence(reason: EndReason) -> None:
         ("args[1]", {"command": "echo", "args": ("a", "b\0")}),
         ("args[0]", {"command": "echo", "args": ("x" * 131072,)}),
         ("args", {"command": "echo", "args": ("x" * 100_000,) * 11}),
+        ("args", {"command": "echo", "args": ("x",) * 32_001}),
+        ("env", {"command": "echo", "env": {f"N{number}": "" for number in range(16_001)}}),
         ("env", {"command": "echo", "env": {"A=B": "x"}}),
         ("env", {"command": "echo", "env": {"": "x"}}),
         ("env[A]", {"command": "echo", "env": {"A": "x\0"}}),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
+import pytest
 
 from jobrunner import JobSpec, Limits
 from jobrunner.config import RunnerConfig
@@ -96,15 +98,36 @@ async def test_a_removed_job_is_gone_for_good(tmp_path: Path) -> None:
     assert list((tmp_path / "state" / "jobs").iterdir()) == []
 
 
-async def test_unreadable_records_are_left_alone_and_hinder_nobody(tmp_path: Path) -> None:
+BAD_RECORDS: dict[str, Callable[[str, str], str]] = {
+    "cut short": lambda text, _: text[:40],
+    "nested without end": lambda _text, _: "[" * 200_000,
+    "of another job": lambda text, job_id: text.replace(job_id, "0123456789ab"),
+    "of a newer version": lambda text, _: text.replace('"version": 1', '"version": 2'),
+    "with a time that is none": lambda text, _: text.replace('"created": 1', '"created": "x", "was": 1'),
+    "empty": lambda _text, _: "",
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_RECORDS))
+async def test_unreadable_records_are_left_alone_and_hinder_nobody(tmp_path: Path, name: str) -> None:
     async with open_runner(tmp_path) as runner:
         good = await run(runner, JobSpec("true"))
         bad = await run(runner, JobSpec("true"))
         path = runner.state.directory(bad.job_id) / "job.json"
-    path.write_text('{"version": 1, "spec"')
+    text = path.read_text()
+    path.write_text(BAD_RECORDS[name](text, bad.job_id))
+    assert path.read_text() != text
     async with open_runner(tmp_path) as runner:
         assert [job.job_id for job in runner.list()] == [good.job_id]
     assert path.exists()
+
+
+async def test_a_stop_that_cannot_be_read_hinders_nobody(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        info = await run(runner, JobSpec("true"))
+        (runner.state.directory(info.job_id) / "stop").mkdir()
+    async with open_runner(tmp_path) as runner:
+        assert runner.get(info.job_id).info() == info
 
 
 async def test_nothing_is_left_of_a_runner_that_is_closed(tmp_path: Path) -> None:

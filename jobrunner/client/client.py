@@ -126,7 +126,7 @@ class JobClient:
         return ClientJob(self, reply.job_id)
 
     def get(self, job_id: str) -> ClientJob:
-        """A job by its id; asks nobody, so an id that no job has is told by the first call on it. JobNotFound for what is no text."""
+        """A job by its id; asks nobody: the first call on it tells whether there is one. JobNotFound for what is no text."""
         try:
             job_id.encode()
         except UnicodeEncodeError as exc:

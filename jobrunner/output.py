@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from jobrunner.errors import InvalidRequest
@@ -89,6 +89,8 @@ class Chunk:
     """Of the first byte, in the merged log of both streams."""
     time: float
     """When the first byte was read from the job, seconds since the epoch."""
+    message: bytes | None = field(default=None, init=False, repr=False, compare=False)
+    """Its encoding, once `wire.encode` has made it: the followers of a log share their chunks, and so that."""
 
     @property
     def next_offset(self) -> int:

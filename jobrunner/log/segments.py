@@ -214,4 +214,4 @@ class ChunkCache:
 
 
 def _weight(chunk: Chunk) -> int:
-    return len(chunk.data) + ENTRY_BYTES
+    return 2 * len(chunk.data) + ENTRY_BYTES  # itself, and its message

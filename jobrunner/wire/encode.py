@@ -41,20 +41,18 @@ def encode_output(part: Chunk | Gap | End | Begin) -> Encoded:
 
 
 def encode_chunk(chunk: Chunk) -> Encoded:
-    """The message of a chunk: its bytes under the stream's field, its offset and its time (to the microsecond)."""
+    """The message of a chunk: its bytes under the stream's field, its offset and its time (to the microsecond). Kept in it."""
+    if chunk.message is None:
+        object.__setattr__(chunk, "message", _chunk_message(chunk))
+        assert chunk.message is not None
+    return Encoded(chunk.message)
+
+
+def _chunk_message(chunk: Chunk) -> bytes:
     seconds, micros = divmod(round(chunk.time * 1_000_000), 1_000_000)
     moment = _number(SECONDS, seconds) + _number(NANOS, micros * 1000)
-    return Encoded(
-        b"".join(
-            (
-                TAG[chunk.stream] + varint(len(chunk.data)) if chunk.data else b"",
-                chunk.data,
-                _number(OFFSET, chunk.offset),
-                TIME + varint(len(moment)),
-                moment,
-            )
-        )
-    )
+    length = TAG[chunk.stream] + varint(len(chunk.data)) if chunk.data else b""
+    return b"".join((length, chunk.data, _number(OFFSET, chunk.offset), TIME + varint(len(moment)), moment))
 
 
 def varint(value: int) -> bytes:

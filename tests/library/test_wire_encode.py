@@ -29,6 +29,12 @@ def test_a_chunk_has_the_bytes_of_the_generated_code_and_of_official_protobuf(ch
     assert raw == official()["jobrunner.v1.JobOutputResponse"].FromString(raw).SerializeToString()
 
 
+def test_a_chunk_is_encoded_once_for_all_its_followers() -> None:
+    chunk = Chunk(Stream.STDOUT, b"data", 7, 1.5)
+    assert encode_chunk(chunk).raw is encode_chunk(chunk).raw
+    assert chunk == Chunk(Stream.STDOUT, b"data", 7, 1.5)
+
+
 @pytest.mark.parametrize("size", [1, 127, 128, 16383, 16384, 65472])
 def test_a_chunk_of_any_length_comes_back_the_same(size: int) -> None:
     chunk = Chunk(Stream.STDERR, bytes(size - 1) + b"x", 1 << 40, 1_700_000_000.000001)

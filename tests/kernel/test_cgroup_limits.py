@@ -78,7 +78,8 @@ async def test_a_process_past_its_memory_is_killed_and_counted(host: CgroupHost)
     ended = run(cgroup, [sys.executable, "-c", f"bytearray({2 * size}); print('survived')"])
     assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, b"")
     usage = cgroup.usage()
-    assert usage.oom_kills == 1
+    # On v2 the kernel counts the process that ran out of memory once more with its group (memory.oom.group).
+    assert usage.oom_kills == (2 if host.version == "v2" else 1)
     assert usage.memory_peak is not None
     assert size - 4096 * 64 <= usage.memory_peak <= size
     await finish(cgroup)

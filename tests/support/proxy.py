@@ -61,9 +61,9 @@ class Proxy:
             if await self._down(from_server, writer):
                 self.cuts += 1
         finally:
+            to_server.transport.abort()  # Order: first, because the wait may be cancelled by a second cut
             up.cancel()
             await asyncio.wait([up])
-            to_server.transport.abort()
 
     async def _down(self, from_server: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Until the end of file, an error, or the last byte of the budget: then True."""

@@ -152,7 +152,7 @@ def test_a_server_that_restarts_is_one_line_when_it_goes_and_one_when_it_is_back
 
 def test_ctrl_c_works_at_once_while_the_server_is_away(tmp_path: Path) -> None:
     server = ServerProcess(tmp_path)
-    with popen(server, "log", "-f", shell(server, "echo here; sleep 3")) as process:
+    with popen(server, "log", "-f", shell(server, "echo here; sleep 30")) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == b"here\n"

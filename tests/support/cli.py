@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -30,11 +30,20 @@ class Result:
         return self.out.decode()
 
 
-def popen(server: ServerProcess, *args: str, user: str = "admin", stdout: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
+class Running(subprocess.Popen[bytes]):
+    """Does not outlive a test that fails while it runs."""
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, *rest)
+
+
+def popen(server: ServerProcess, *args: str, user: str = "admin", stdout: int = subprocess.PIPE) -> Running:
     """A running CLI. Close it, or use it as a context manager."""
     command = [str(Path(sys.executable).with_name("jobrunner")), *args]
     environ = server.environ(user)
-    return subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE)
+    return Running(command, env=environ, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE)
 
 
 def jobrunner(server: ServerProcess, *args: str, user: str = "admin", timeout: float = 40) -> Result:

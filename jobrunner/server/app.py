@@ -87,6 +87,10 @@ class JobServer(Server):
             with anyio.CancelScope(shield=True):
                 await self.shutdown()
 
+    async def finish_calls(self) -> None:
+        """Give calls that are about to end, as those that follow jobs which have just ended, SHUTDOWN_TIMEOUT seconds to do so."""
+        await self._wait_until(lambda: not self._calls(), SHUTDOWN_TIMEOUT)
+
     async def shutdown(self) -> None:
         """End every call and connection; see the module. Cancelling it drops what is left at once."""
         self.draining.set()

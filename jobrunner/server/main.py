@@ -193,6 +193,7 @@ async def _serve(config: ServerConfig, ready: Callable[[str], None]) -> None:
             # Order: no new calls, then the stops, then the drain that leaving begins, so that who follows a job sees its end.
             running.server.draining.set()
             await running.runner.stop_all(grace=config.shutdown_grace, by="jobrunnerd")
+            await running.server.finish_calls()
 
 
 def _tell_address(address: str) -> None:

@@ -11,6 +11,9 @@ cgroup=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/jobrunner-vm/server
 mkdir -p "$cgroup"
 echo $$ >"$cgroup/cgroup.procs"
 
+# For tests that make a disk of a file.
+insmod /work/loop.ko* || exit
+
 # Swap, so that a job that may not use any can be told from one on a host that has none.
 fallocate -l 256M /work/swap && chmod 600 /work/swap && mkswap -q /work/swap && swapon /work/swap || exit
 

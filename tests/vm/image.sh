@@ -11,7 +11,7 @@ work=$(mktemp -d "$image.XXXXXX")
 root=$work/root
 trap 'rm -rf "$work"' EXIT
 
-debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,python3,python3-venv "$suite" "$root" "$mirror" >"$work/log" ||
+debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,kmod,python3,python3-venv "$suite" "$root" "$mirror" >"$work/log" ||
     { cat "$work/log" >&2 && exit 1; }
 
 # The unit's path. The environment has no pip: the packages are put into it from here, for the guest's Python.

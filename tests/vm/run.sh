@@ -45,6 +45,8 @@ mkdir -p "$work/disk/checkout" "$work/disk/tmp"
 "$bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation --target "$work/disk/site" "$checkout"
 cp -a "$checkout/tests" "$checkout/packaging" "$checkout/pyproject.toml" "$work/disk/checkout"
 find "$work/disk/checkout" -name __pycache__ -prune -exec rm -rf {} +
+# Debian's kernel has everything else that the tests need built in, or in its initrd.
+find "/lib/modules/${kernel#*vmlinuz-}" -name 'loop.ko*' -exec cp {} "$work/disk" \;
 printf '%q ' "${what[@]}" >"$work/disk/arguments"
 echo "$factor" >"$work/disk/factor"
 truncate -s 3G "$work/disk.ext4"

@@ -80,6 +80,7 @@ def _cpu(info: object) -> float:
     return float(usage.cpu_user + usage.cpu_system)
 
 
+@pytest.mark.generation("v1")  # on v2 in the emulator 300 processes take longer to die than a stop waits; not yet proved there
 async def test_many_processes_under_a_small_cpu_limit_die_at_once_all_the_same(tmp_path: Path) -> None:
     forks = python(
         "import os, signal\nsignal.signal(15, signal.SIG_IGN)\nprint(flush=True)\n"
@@ -155,6 +156,7 @@ def other_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(mounted)], check=True)
 
 
+@pytest.mark.generation("v1")  # the virtual machine has no loop device
 @pytest.mark.requires("command:mkfs.ext4")
 async def test_a_write_limit_holds_on_every_disk_that_a_job_sees(tmp_path: Path, other_disk: Path) -> None:
     script = f"dd if=/dev/zero of={other_disk}/file bs=1M count=20 oflag=direct 2>/dev/null"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -24,6 +25,9 @@ MUST_RUN = os.environ.get("JOBRUNNER_MUST_RUN") == "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell without job control lets what it starts in the background ignore Ctrl-C, and the CLIs of tests would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(
         "markers", 'generation(version): a fact of cgroup "v1" (also hybrid) or "v2" alone; left out on the other'
     )

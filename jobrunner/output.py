@@ -33,7 +33,7 @@ class Selection:
     offset: int = 0
     """Of the first byte, in the merged log of both streams."""
     follow: bool = True
-    """To the job's end; otherwise as much as is there when the reader has come to it."""
+    """To the job's end; otherwise as much as is there when the reader begins, and no more than a chunk beyond that."""
     streams: frozenset[Stream] = frozenset(Stream)
     """None means all."""
     tail: int | None = None

@@ -10,28 +10,19 @@ import contextlib
 import errno
 import os
 import struct
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from jobrunner.job import Stream
-from jobrunner.output import Chunk
 
 RECORD = struct.Struct("<QqIIQ")
 DATA, GAP, END = 1, 2, 3
 STREAMS = {1: Stream.STDOUT, 2: Stream.STDERR}
 INDEX_PAGE = 128
 """Index records read at once: 4 KiB."""
-BLOCK = 16384 * 4 - 64
-"""Chunks end at multiples of this, so that all readers cut a log into the same chunks. With its 5-byte prefix and the message's
-tags a block fills four HTTP/2 frames of 16 KiB and no fifth."""
-CACHE_BYTES = 8 << 20
 LISTINGS = 100
 """How often a log is listed anew whose segments go away faster than they can be opened."""
-ENTRY_BYTES = 512
-"""What a chunk in the cache weighs besides its bytes: a job that writes a little at a time makes chunks of a few bytes."""
 GAP_REASONS = ("write_error", "output_limit")
 """By the number that a gap record has in the place of its stream."""
 
@@ -180,38 +171,3 @@ def _last_end(directory: Path, bases: list[int]) -> int:
         if record is not None:
             return record.end
     return bases[0]
-
-
-class ChunkCache:
-    """Chunks read last, of all logs of one runner, for the other readers that come to the same offset: bounded by bytes.
-
-    An entry is the chunk and the number of the index record that the byte after it is in; chunks of exact times have their own. A
-    chunk never changes; what was read at the live end of a log is just shorter than what could be read there later.
-    """
-
-    def __init__(self, limit: int = CACHE_BYTES) -> None:
-        self._limit = limit
-        self._size = 0
-        self._lock = threading.Lock()  # readers come from the loop and from threads
-        self._entries: OrderedDict[tuple[str, int, bool], tuple[Chunk, int]] = OrderedDict()
-
-    def get(self, log: str, offset: int, exact: bool) -> tuple[Chunk, int] | None:
-        with self._lock:
-            entry = self._entries.get((log, offset, exact))
-            if entry is not None:
-                self._entries.move_to_end((log, offset, exact))
-            return entry
-
-    def put(self, log: str, chunk: Chunk, next_record: int, exact: bool) -> None:
-        key = (log, chunk.offset, exact)
-        with self._lock:
-            old = self._entries.pop(key, None)
-            self._size += _weight(chunk) - (_weight(old[0]) if old else 0)
-            self._entries[key] = (chunk, next_record)
-            while self._size > self._limit:
-                _, (dropped, _) = self._entries.popitem(last=False)
-                self._size -= _weight(dropped)
-
-
-def _weight(chunk: Chunk) -> int:
-    return 2 * len(chunk.data) + ENTRY_BYTES  # itself, and its message

@@ -18,7 +18,7 @@ from jobrunner import Gap, JobInfo, JobStatus, Stream, WouldBlock
 from jobrunner.errors import JobNotFound, OffsetOutOfRange
 from jobrunner.linux.inotify import Inotify
 from jobrunner.log import ChunkCache, Log, LogReader
-from jobrunner.log.segments import BLOCK
+from jobrunner.log.chunks import BLOCK
 from jobrunner.output import Chunk, Selection
 from tests.support.logwriter import LogWriter
 
@@ -183,6 +183,21 @@ async def test_a_follower_gets_what_is_written_after_it_caught_up(tmp_path: Path
             owner.end()
             with anyio.fail_after(5), pytest.raises(StopAsyncIteration):
                 await anext(reader)
+
+
+async def test_a_snapshot_ends_with_what_was_there_however_fast_its_job_writes(tmp_path: Path) -> None:
+    writer, owner = LogWriter(tmp_path / "log", segment_bytes=30), Owner()
+    for number in range(10):
+        writer.write("stdout", b"line %d\n" % number, after_ns=10**8)
+    got = b""
+    with open_log(writer.directory, owner) as log:
+        async with log.reader(Selection(follow=False)) as reader:
+            async for part in reader:
+                assert isinstance(part, Chunk)
+                got += part.data
+                writer.write("stdout", b"more\n", after_ns=10**8)
+    assert got == b"".join(b"line %d\n" % number for number in range(10))
+    assert reader.end is not None and reader.end.info is not None and reader.end.info.status == "running"
 
 
 async def test_a_log_without_an_end_record_ends_with_its_job(tmp_path: Path) -> None:

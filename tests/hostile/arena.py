@@ -1,0 +1,141 @@
+"""Where hostile jobs run: a real JobRunner, another user's job beside them, and the launch of every job in the test's hands.
+
+`Arena.attack` starts one attack as a job with everything on. `without` names protections that are left out of the launch list of
+this job; all else is the same launch. `outside` runs the same program as a process of the host, in no namespace.
+"""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobrunner import JobInfo, JobSpec, Limits
+from jobrunner.runner import JobRunner, RunnerJob
+from jobrunner.shim.launch import LaunchPlan, pack_plan
+from tests.hostile.inside import base
+from tests.support.runner import open_runner, output
+from tests.support.timing import at_most, fail_after
+
+PYTHON = "/usr/bin/python3"
+INSIDE = Path(base.__file__).parent
+LOADER = """
+import sys, types
+sys.dont_write_bytecode = True
+for name, text in {sources!r}.items():
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(text, name, "exec"), module.__dict__)
+sys.modules["tests.hostile.inside.base"].main(*sys.argv[1:])
+"""
+SMALL = Limits(memory=192 << 20, pids=64, timeout=at_most(30), output_limit=4 << 20)
+"""What a hostile job may use: the host survives it even where a protection is left out."""
+HEART = "while :; do echo beat; sleep 0.05; done"
+
+PROTECTIONS: Mapping[str, Callable[[LaunchPlan], dict[str, Any]]] = {
+    "limits": lambda _: {"cgroup_items": ()},
+}
+"""Each is a change of the launch that leaves this protection, and nothing else, out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """`word` is `succeeded`, `refused`, or the end reason of a job that did not live to tell; `why` the errno or what was had."""
+
+    word: str
+    why: str
+    info: JobInfo
+    output: bytes
+
+    @property
+    def text(self) -> str:
+        return f"{self.word}: {self.why}" if self.why else self.word
+
+
+def program(module: str, name: str, *args: str) -> list[str]:
+    """The command of an attack of tests/hostile/inside."""
+    names = ("base", module)
+    sources = {f"tests.hostile.inside.{one}": (INSIDE / f"{one}.py").read_text() for one in names}
+    return [PYTHON, "-IS", "-c", LOADER.format(sources=sources), name, *args]
+
+
+def told(text: bytes) -> tuple[str, str]:
+    """The last line of an attack's output, as its two parts."""
+    last = text.decode(errors="replace").rstrip("\n").rpartition("\n")[2]
+    word, _, why = last.partition(": ")
+    return (word, why) if word in ("succeeded", "refused") else ("", last)
+
+
+class Arena:
+    """Made by `open_arena`. `bystander` is another user's job, that nothing may disturb."""
+
+    def __init__(self, runner: JobRunner) -> None:
+        self.runner = runner
+        self.secret = secrets.token_hex(16)
+        self.changes: Callable[[LaunchPlan], LaunchPlan] = lambda plan: plan
+        self.bystander: RunnerJob
+
+    def pack(self, plan: LaunchPlan) -> bytes:
+        """What `sandbox.launch` packs its plan with here."""
+        return pack_plan(self.changes(plan))
+
+    async def start(
+        self, *command: str, without: Collection[str] = (), change: Mapping[str, Any] | None = None, **spec: Any
+    ) -> RunnerJob:
+        """Start a job with these protections left out, and with this change of its launch."""
+
+        def changed(plan: LaunchPlan) -> LaunchPlan:
+            for name in without:
+                plan = replace(plan, **PROTECTIONS[name](plan))
+            return replace(plan, **(change or {}))
+
+        self.changes = changed
+        try:
+            return await self.runner.start(JobSpec(command[0], command[1:], **{"limits": SMALL, **spec}), user="mallory")
+        finally:
+            self.changes = lambda plan: plan
+
+    async def attack(self, module: str, name: str, *args: str, **how: Any) -> Outcome:
+        """One attack, from start to end; afterwards the bystander lives."""
+        with fail_after(40):
+            job = await self.start(*program(module, name, *args), **how)
+            return await self.outcome(job)
+
+    async def outcome(self, job: RunnerJob) -> Outcome:
+        data = await output(job, seconds=at_most(40))
+        info = await job.wait()
+        word, why = told(data)
+        if info.exit_code not in (0, base.REFUSED) or not word:
+            word, why = str(info.end_reason), why if info.end_reason == "exited" else ""
+        assert self.bystander.status == "running"
+        return Outcome(word, why, info, data)
+
+    async def heartbeat(self) -> None:
+        """The bystander goes on writing."""
+        before = self.bystander.info().log_end
+        with fail_after(20):
+            async with self.bystander.log(before) as reader:
+                await reader.next_line()
+
+
+def outside(module: str, name: str, *args: str) -> str:
+    """The same attack by a process of the host: `succeeded` or `refused`, and why."""
+    done = subprocess.run(program(module, name, *args), capture_output=True, timeout=at_most(30), check=False)
+    return ": ".join(told(done.stdout))
+
+
+@asynccontextmanager
+async def open_arena(path: Path, **config: Any) -> AsyncIterator[Arena]:
+    """The bystander's environment has a secret, and its record is beside everyone's."""
+    async with open_runner(path, **config) as runner:
+        arena = Arena(runner)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("jobrunner.sandbox.pack_plan", arena.pack)
+            arena.bystander = await runner.start(JobSpec("/bin/sh", ("-c", HEART), env={"SECRET": arena.secret}), user="alice")
+            yield arena
+            await arena.heartbeat()

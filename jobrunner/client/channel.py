@@ -8,13 +8,13 @@ SETTINGS come first, and only after the certificate was accepted), and often a T
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 from grpclib.client import Channel, Handler
 from grpclib.config import Configuration
 from grpclib.protocol import EventsProcessor, H2Protocol
-from h2.events import UnknownFrameReceived
+from h2.events import StreamEnded, UnknownFrameReceived
 from h2.settings import SettingCodes
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _CONFIGURATION = Configuration(
 
 
 class ClientProtocol(H2Protocol):
-    """Asks for large frames, and remembers how the connection was lost."""
+    """Asks for large frames, keeps answers that came whole, and remembers how the connection was lost."""
 
     received_at: float | None = None
     """When the server first sent something, by the loop's clock: it has accepted the client's certificate."""
@@ -84,13 +84,33 @@ class ClientProtocol(H2Protocol):
         h2.max_inbound_frame_size = MAX_FRAME
         self.connection.flush()
         # RFC 9113 section 4.1: frames of unknown types are ignored; grpclib would raise.
-        self.processor.processors[UnknownFrameReceived] = lambda event: None
+        processors: dict[type, Any] = self.processor.processors
+        processors[UnknownFrameReceived] = lambda event: None
+        processors[StreamEnded] = self._stream_ended
+        self._ack = self.connection.ack
+        cast("Any", self.connection).ack = self._ack_if_open
 
     def data_received(self, data: bytes) -> None:
         if self.received_at is None:
             self.received_at = asyncio.get_running_loop().time()
             self._reached()
         super().data_received(data)
+
+    def _stream_ended(self, event: StreamEnded) -> None:
+        """A call whose answer is here to its end has nothing to fear from the connection any more.
+
+        grpclib ends all calls with the connection, also those whose last message is received and not yet taken: a server that
+        shuts down sends that message and its GOAWAY at once (RFC 9113 section 6.8 lets such calls complete).
+        """
+        self.processor.process_stream_ended(event)
+        stream = self.processor.streams.get(event.stream_id)
+        if stream is not None and not stream.closable:  # both sides have ended it, so nothing in it waits for the server
+            stream.wrapper = None
+
+    def _ack_if_open(self, stream_id: int, size: int) -> None:
+        """What is taken from an answer after the connection has gone needs no acknowledgement."""
+        if not self.connection.is_closing():
+            self._ack(stream_id, size)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self.gone_at = asyncio.get_running_loop().time()

@@ -184,7 +184,7 @@ def test_an_oom_kill_ends_the_whole_job_and_is_told(job: ShimJob) -> None:
         job.shell(f"{EAT}; sleep 0.5; echo went on", cgroup_items=oom_items(cgroup))
         end = job.wait()
     assert (end.cause, end.oom_kills) == (Cause.OOM_KILLED, 1)
-    assert job.output() == b""
+    assert b"went on" not in job.output()  # a quick shell may still say `Killed`
 
 
 @pytest.mark.requires("cgroup:memory")

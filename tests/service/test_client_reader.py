@@ -48,6 +48,25 @@ async def test_parts_come_in_order_and_the_end_is_kept(tmp_path: Path) -> None:
             assert reader.offset == 11
 
 
+async def test_an_end_that_comes_at_once_with_the_servers_goodbye_is_the_end(tmp_path: Path) -> None:
+    parts: list[Chunk | Gap | End] = [chunk(BLOCK, at * len(BLOCK)) for at in range(4)]
+
+    async def answer(stream: Output) -> None:
+        await stream.recv_message()
+        for part in [*parts, End(4 * len(BLOCK))]:
+            await stream.send_message(output_to_wire(part))
+        await stream.send_trailing_metadata()
+        connection = stream._stream.connection
+        connection._connection.close_connection()
+        connection.flush()
+        connection.close()
+
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=answer) as (client, _), client.get(JOB).log() as reader:
+            assert b"".join([part.data async for part in reader if isinstance(part, Chunk)]) == BLOCK * 4
+            assert reader.end == End(4 * len(BLOCK))
+
+
 async def test_a_stream_that_stops_without_its_end_is_an_error(tmp_path: Path) -> None:
     with anyio.fail_after(10):
         async with peer_client(tmp_path, output=sends(chunk(b"abc", 0))) as (client, _), client.get(JOB).log() as reader:

@@ -63,6 +63,8 @@ class RunnerConfig:
     """Size of a file of a job's log: dropped whole, so an eighth of the job's output limit at most, and a 64th at least."""
     on_write_error: str = "continue"
     """What becomes of a job whose output cannot be written: `continue` counts what is lost and tells it, `stop` ends the job."""
+    network_host: bool = False
+    """Whether a job may ask for the host's network instead of none."""
     allow_missing: tuple[str, ...] = ()
     """Names of limits that this host may lack, `read_bps` for instance."""
 
@@ -203,6 +205,7 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "max_running": _between(_whole, 1, 1_000_000),
     "segment_bytes": _between(_size, 4096, 1 << 40),
     "on_write_error": _word(*ON_WRITE_ERROR),
+    "network_host": _flag,
     "allow_missing": _limit_names,
     "ca": _path,
     "cert": _path,

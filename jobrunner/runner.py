@@ -144,8 +144,8 @@ class JobRunner:
         for name in NOT_BUILT:
             if getattr(spec, name):
                 raise InvalidRequest(name, "this server does not offer it")
-        if spec.network not in ("", "none"):
-            raise InvalidRequest("network", f"{spec.network!r} is not offered by this server, only 'none'")
+        if spec.network == "host" and not self.config.network_host:
+            raise InvalidRequest("network", "this server gives jobs no network (network_host = true in its configuration would)")
         for name in NOT_BUILT_LIMITS:
             if getattr(spec.limits, name) is not None:
                 raise InvalidRequest(f"limits.{name}", "this server does not offer it")

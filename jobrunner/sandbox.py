@@ -94,6 +94,7 @@ def _plan(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerC
         cwd=spec.cwd or "/",
         hostname=(spec.name or record.job_id)[:HOST_NAME_MAX],
         cgroup_items=cgroup.launch_items(),
+        network_host=spec.network == "host",
         merge=spec.merge,
         stop_signal=signal_number(spec.stop_signal),
         grace=config.grace if spec.grace is None else spec.grace,

@@ -58,6 +58,7 @@ def start_or_run(
     name: submit.Name = "",
     env: submit.Env = [],  # noqa: B006 - typer's way to say that it may be given many times
     cwd: submit.Cwd = "",
+    network: submit.Network = "none",
     cpus: submit.Cpus = None,
     memory: submit.Memory = None,
     pids: submit.Pids = None,
@@ -91,7 +92,17 @@ def start_or_run(
         output_policy=output_policy,
     )
     spec = submit.spec(
-        command, env, label, grace, limits, name, cwd=cwd, stop_signal=stop_signal, merge=merge, request_id=request_id
+        command,
+        env,
+        label,
+        grace,
+        limits,
+        name,
+        cwd=cwd,
+        network=network,
+        stop_signal=stop_signal,
+        merge=merge,
+        request_id=request_id,
     )
     if ctx.command.name == "run":
         from jobrunner_cli.follow import run_job
@@ -165,10 +176,12 @@ def log(
 @app.command(cls=PlainCommand)
 def wait(ctx: typer.Context, job_id: JobId) -> int:
     """Wait until a job has ended, print how, and exit with its code."""
-    from jobrunner_cli.show import ending
+    from jobrunner_cli.show import ending, hint
 
     info = connected(ctx.obj, lambda client: client.get(job_id).wait())
     say(ending(info))
+    if text := hint(info):
+        warn(text)
     return job_exit_code(info)
 
 

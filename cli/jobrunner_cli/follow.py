@@ -14,7 +14,7 @@ from jobrunner.errors import InternalError
 from jobrunner.job import EndReason, Gap, JobInfo, JobSpec, Stream
 from jobrunner_cli.exitcodes import INTERRUPTED, OutputFailed, job_exit_code
 from jobrunner_cli.session import warn
-from jobrunner_cli.show import ending
+from jobrunner_cli.show import ending, hint
 from jobrunner_cli.stamp import Stamper
 from jobrunner_cli.writer import STDERR, STDOUT, OutputClosed, OutputWriter
 
@@ -85,6 +85,8 @@ async def run_job(client: JobClient, spec: JobSpec) -> int:
             raise
     if info.end_reason != EndReason.EXITED:
         warn(f"job {job.job_id} {ending(info)}")
+    if text := hint(info):
+        warn(text)
     return job_exit_code(info)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,11 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Any
 
-from jobrunner.job import JobInfo, Limits, Usage
+from jobrunner.job import EndReason, JobInfo, Limits, Usage
 from jobrunner.units import format_duration, format_size
+from jobrunner_cli.writer import STDERR
 
-__all__ = ["as_json", "details", "ending", "table"]
+__all__ = ["as_json", "details", "ending", "hint", "table"]
 
 _MOMENTS = ("created", "started", "ended")
 _SIZES = ("memory", "tmp_size", "output_limit", "memory_peak", "read_bytes", "write_bytes")
@@ -25,6 +27,16 @@ _DURATIONS = ("timeout", "idle_timeout", "cpu_user", "cpu_system", "throttled", 
 def ending(info: JobInfo) -> str:
     """`failed: exit code 3`, or just the status where there is nothing to add."""
     return f"{info.status}: {info.message}" if info.message else str(info.status)
+
+
+def hint(info: JobInfo) -> str:
+    """What a person who sees a command fail may not think of; empty where nobody is at a terminal, or nothing is to be said.
+
+    Not where the job was ended by a signal or a bound: its message says why.
+    """
+    if info.end_reason != EndReason.EXITED or not info.exit_code or info.network != "none" or not os.isatty(STDERR):
+        return ""
+    return "hint: the job had no network; --network host gives it the host's, if the server allows it"
 
 
 def as_json(value: JobInfo | Sequence[JobInfo]) -> str:
@@ -60,6 +72,7 @@ def details(info: JobInfo) -> str:
         "node": _clean(info.node),
         **{name: _moment(getattr(info, name)) for name in _MOMENTS if getattr(info, name)},
         "stopped by": _clean(info.stopped_by),
+        "network": _clean(info.network),
         "limits": _numbers(info.limits),
         "usage": _numbers(info.usage),
         "missing": "; ".join(map(_clean, info.missing)),

@@ -30,6 +30,7 @@ __all__ = [
     "Memory",
     "Merge",
     "Name",
+    "Network",
     "OpenFiles",
     "OutputLimit",
     "OutputPolicy",
@@ -59,6 +60,7 @@ Command = Annotated[list[str], typer.Argument(metavar="COMMAND [ARG]...", help="
 Name = Annotated[str, typer.Option("--name", "-n", help="A name for people; also the job's host name.")]
 Env = Annotated[list[str], typer.Option("--env", "-e", metavar="NAME=VALUE", help="A variable of the job; repeatable.")]
 Cwd = Annotated[str, typer.Option(help="Working directory, absolute.")]
+Network = Annotated[str, typer.Option(metavar="none|host", help="The host's network, if the server allows it.")]
 Cpus = Annotated[Text, typer.Option(metavar="NUMBER", help="CPU time per wall time; 1.5 is one and a half processors.")]
 Memory = Annotated[Text, typer.Option(metavar="SIZE", help="Memory, such as 64MiB or 1G.")]
 Pids = Annotated[Text, typer.Option(metavar="NUMBER", help="Processes and threads at once.")]

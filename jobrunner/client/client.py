@@ -54,6 +54,8 @@ class ServerFacts:
     defaults: Limits
     ceilings: Limits
     draining: bool
+    network_host: bool
+    """Whether a job may ask for the host's network."""
 
 
 class JobClient:
@@ -152,6 +154,7 @@ class JobClient:
             defaults=limits_from_wire(reply.defaults),
             ceilings=limits_from_wire(reply.ceilings),
             draining=reply.draining,
+            network_host=reply.network_host,
         )
 
     async def list(

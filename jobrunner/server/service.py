@@ -105,6 +105,7 @@ class JobService(pb.JobServiceBase):
             defaults=limits_to_wire(config.defaults),
             ceilings=limits_to_wire(config.ceilings),
             draining=self._draining.is_set(),
+            network_host=config.network_host,
         )
 
     async def _list(self, stream: Stream[pb.JobListRequest, Encoded]) -> None:

@@ -28,8 +28,10 @@ struct key {
 };
 
 /* The field is 0 for the first word and 1 for the second. */
-enum { OUTPUT_POLICY, ON_WRITE_ERROR };
-static const char *const CHOICES[][2] = {[OUTPUT_POLICY] = {"drop-oldest", "stop"}, [ON_WRITE_ERROR] = {"continue", "stop"}};
+enum { OUTPUT_POLICY, ON_WRITE_ERROR, NETWORK };
+static const char *const CHOICES[][2] = {
+	[OUTPUT_POLICY] = {"drop-oldest", "stop"}, [ON_WRITE_ERROR] = {"continue", "stop"}, [NETWORK] = {"none", "host"},
+};
 
 #define AT(type, field) offsetof(struct type, field)
 static const struct key PLAN_KEYS[] = {
@@ -43,6 +45,7 @@ static const struct key PLAN_KEYS[] = {
 	{"counter", TEXTS, false, AT(plan, counters), AT(plan, n_counters), 0, MAX_COUNTERS},
 	{"hostname", TEXT, true, AT(plan, hostname), 0, 0, 0},
 	{"cwd", PATH, true, AT(plan, cwd), 0, 0, 0},
+	{"network", CHOICE, false, AT(plan, network_host), 0, NETWORK, 0},
 	{"merge", NUMBER, true, AT(plan, merge), 0, 0, 1},
 	{"stop-signal", NUMBER, true, AT(plan, stop_signal), 0, 1, 64},
 	{"grace-ms", NUMBER, true, AT(plan, grace_ms), 0, 0, MAX_MS},

@@ -29,6 +29,7 @@ struct plan {
 	const char *cgroup1_shim[MAX_CGROUPS], *cgroup1_job[MAX_CGROUPS], *counters[MAX_COUNTERS];
 	int n_cgroup1_shim, n_cgroup1_job, n_counters;
 	int64_t merge, stop_signal, grace_ms, timeout_ms, idle_timeout_ms, segment_bytes, open_files;
+	int64_t network_host;		/* 1: the host's network instead of one with loopback alone */
 	int64_t output_limit, limit_stops, error_stops;	/* the last two: 1 if that ends the job */
 	char **argv, **env;
 	void *list, *vectors;		/* the memory behind all of it: */

@@ -24,6 +24,8 @@ class LaunchPlan:
     hostname: str
     cgroup_items: Sequence[tuple[str, str]] = ()
     """The items that the job's cgroup gives: where to enter, OOM notice, counters."""
+    network_host: bool = False
+    """The host's network instead of a namespace with nothing but loopback."""
     merge: bool = False
     stop_signal: int = 15
     grace: float = 10.0
@@ -53,7 +55,7 @@ def pack_plan(plan: LaunchPlan) -> bytes:
     """The item list for the launcher's standard input."""
     items = [("dir", plan.directory), ("hostname", plan.hostname), ("cwd", plan.cwd), *plan.cgroup_items]
     items += [("merge", str(int(plan.merge))), ("stop-signal", str(plan.stop_signal)), ("segment-bytes", str(plan.segment_bytes))]
-    items += [("grace-ms", _milliseconds(plan.grace))]
+    items += [("grace-ms", _milliseconds(plan.grace)), ("network", "host" if plan.network_host else "none")]
     for key, seconds in (("timeout-ms", plan.timeout), ("idle-timeout-ms", plan.idle_timeout)):
         if seconds is not None:
             items.append((key, _milliseconds(seconds)))

@@ -194,6 +194,7 @@ INFO: Mapping[str, Field] = {
     "usage": Field(usage_to_wire, usage_from_wire),
     "stopped_by": TEXT,
     "message": TEXT,
+    "network": TEXT,
 }
 
 

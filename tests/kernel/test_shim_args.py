@@ -57,6 +57,7 @@ BAD_VALUES = [
     ("env", "novalue"),
     ("env", "=x"),
     ("counter", "nosuch 1 - /dev/null"),
+    ("network", "bridge"),
     ("counter", "pids_peak one - /dev/null"),
     ("counter", "pids_peak 1 -"),
     ("counter", "pids_peak 1 - relative"),

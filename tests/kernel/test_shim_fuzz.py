@@ -30,6 +30,7 @@ KEYS = [
     "output-limit",
     "output-policy",
     "on-write-error",
+    "network",
     "grace-ms",
     "env",
     "arg",

@@ -77,7 +77,6 @@ def _left(tmp_path: Path) -> tuple[list[str], list[str], int]:
     ("field", "spec"),
     [
         ("root", JobSpec("true", root="x")),
-        ("network", JobSpec("true", network="host")),
         ("stdin", JobSpec("true", stdin=True)),
         ("limits.tmp_size", JobSpec("true", limits=Limits(tmp_size=1))),
     ],

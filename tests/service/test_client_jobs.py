@@ -144,3 +144,4 @@ async def test_what_the_server_says_of_itself(server: ServerProcess) -> None:
     assert facts.cgroup in ("v1", "hybrid", "v2")
     assert facts.cpus > 0
     assert (facts.defaults.cpus, facts.defaults.memory, facts.defaults.pids) == (1.0, 1 << 30, 512)
+    assert facts.network_host is False

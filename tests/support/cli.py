@@ -39,11 +39,13 @@ class Running(subprocess.Popen[bytes]):
         super().__exit__(kind, *rest)
 
 
-def popen(server: ServerProcess, *args: str, user: str = "admin", stdout: int = subprocess.PIPE) -> Running:
+def popen(
+    server: ServerProcess, *args: str, user: str = "admin", stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE
+) -> Running:
     """A running CLI. Close it, or use it as a context manager."""
     command = [str(Path(sys.executable).with_name("jobrunner")), *args]
     environ = server.environ(user)
-    return Running(command, env=environ, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE)
+    return Running(command, env=environ, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
 
 
 def jobrunner(server: ServerProcess, *args: str, user: str = "admin", timeout: float = 40) -> Result:

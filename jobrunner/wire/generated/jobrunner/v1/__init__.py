@@ -260,6 +260,11 @@ class JobInfo(betterproto2.Message):
     One sentence: why it ended, and the remedy.
     """
 
+    network: "str" = betterproto2.field(21, betterproto2.TYPE_STRING)
+    """
+    "none" or "host".
+    """
+
 
 default_message_pool.register_message("jobrunner.v1", "JobInfo", JobInfo)
 
@@ -500,7 +505,7 @@ class JobStartRequest(betterproto2.Message):
 
     network: "str" = betterproto2.field(14, betterproto2.TYPE_STRING)
     """
-    "none" (the default: loopback only) or "host".
+    "none" (the default: loopback only) or "host", if the server's configuration allows it (ServerInfo.network_host).
     """
 
     user: "str" = betterproto2.field(15, betterproto2.TYPE_STRING)
@@ -808,6 +813,11 @@ class ServerInfo(betterproto2.Message):
     )
 
     draining: "bool" = betterproto2.field(11, betterproto2.TYPE_BOOL)
+
+    network_host: "bool" = betterproto2.field(12, betterproto2.TYPE_BOOL)
+    """
+    Whether a job may ask for the host's network: network_host in the configuration.
+    """
 
 
 default_message_pool.register_message("jobrunner.v1", "ServerInfo", ServerInfo)

@@ -1,0 +1,90 @@
+"""Limits of one job: what may be asked for, the server's defaults under it, and its ceilings above it. Sizes in bytes."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, fields, replace
+
+from jobrunner.errors import InvalidRequest
+
+__all__ = ["Limits", "OutputPolicy", "check_number"]
+
+MAX_SECONDS = 10 * 365 * 86400.0
+MAX_SIZE = 1 << 62
+MIN_MEMORY = 1 << 20
+MIN_OUTPUT = 1 << 16
+"""The shim writes and drops in eighths of the limit, and no less than 4 KiB at once."""
+
+
+class OutputPolicy(enum.StrEnum):
+    """What happens when a job has written more than its output limit."""
+
+    DROP_OLDEST = "drop-oldest"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of one job; None means the server's default, and in a job's info: no such limit."""
+
+    cpus: float | None = None
+    """CPU time per wall time, 1.5 is one and a half processors."""
+    memory: int | None = None
+    """Bytes of memory, without swap."""
+    pids: int | None = None
+    """Tasks (processes and threads) at once, pid 1 of the job included."""
+    read_bps: int | None = None
+    write_bps: int | None = None
+    read_iops: int | None = None
+    write_iops: int | None = None
+    open_files: int | None = None
+    """Open file descriptors of one process (RLIMIT_NOFILE, getrlimit(2))."""
+    tmp_size: int | None = None
+    timeout: float | None = None
+    """Seconds of wall time until the job is ended, reason `deadline`."""
+    idle_timeout: float | None = None
+    """Seconds without output until the job is ended, reason `idle_timeout`."""
+    output_limit: int | None = None
+    """Bytes of output kept on the server's disk, its index included."""
+    output_policy: OutputPolicy | None = None
+
+    def __post_init__(self) -> None:
+        check_number("limits.cpus", self.cpus, 0.01, 4096.0)
+        _check_count("limits.memory", self.memory, MIN_MEMORY, MAX_SIZE)
+        _check_count("limits.pids", self.pids, 2, 1 << 22)
+        for name in ("read_bps", "write_bps", "read_iops", "write_iops", "open_files", "tmp_size"):
+            _check_count(f"limits.{name}", getattr(self, name), 1, MAX_SIZE)
+        _check_count("limits.output_limit", self.output_limit, MIN_OUTPUT, MAX_SIZE)
+        check_number("limits.timeout", self.timeout, 0.001, MAX_SECONDS)
+        check_number("limits.idle_timeout", self.idle_timeout, 0.001, MAX_SECONDS)
+
+    def over(self, defaults: Limits) -> Limits:
+        """These limits, with the defaults' values wherever none is set here."""
+        missing = {f.name: getattr(defaults, f.name) for f in fields(self) if getattr(self, f.name) is None}
+        return replace(self, **missing)
+
+    def check_ceilings(self, ceilings: Limits) -> None:
+        """Raise InvalidRequest for the first limit that is above its ceiling, or unset where a ceiling is."""
+        for f in fields(self):
+            ceiling, value = getattr(ceilings, f.name), getattr(self, f.name)
+            if ceiling is None or isinstance(ceiling, OutputPolicy):
+                continue
+            if value is None:
+                raise InvalidRequest(f"limits.{f.name}", f"must be set, the server's ceiling is {ceiling}")
+            if value > ceiling:
+                raise InvalidRequest(f"limits.{f.name}", f"{value} is above the server's ceiling, {ceiling}")
+
+
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise InvalidRequest(name, f"{value!r} is not a number")
+    if not low <= value <= high:
+        raise InvalidRequest(name, f"{value} is not between {low} and {high}")
+
+
+def _check_count(name: str, value: int | None, low: int, high: int) -> None:
+    check_number(name, value, low, high)
+    if value is not None and not isinstance(value, int):
+        raise InvalidRequest(name, f"{value!r} is not a whole number")

@@ -14,6 +14,7 @@
     ├── LimitReached                a bound of the server was met; says which
     ├── HostError                   the host lacks what jobs need; says the remedy
     ├── ConfigError                 a setting, or a file that it names, on this side; says which and what is wrong with it
+    ├── CertificateError            a certificate, key or CA's directory on this side; says what is wrong and the remedy
     ├── Unavailable                 the server is away or draining; try again later
     ├── Timeout                     the caller's own deadline passed
     ├── Unsupported                 the other side is too old to know this
@@ -31,6 +32,7 @@ import os
 __all__ = [
     "AccessError",
     "CallerError",
+    "CertificateError",
     "ConfigError",
     "HostError",
     "InternalError",
@@ -152,6 +154,14 @@ class ConfigError(JobRunnerError):
     def __init__(self, what: str, reason: str) -> None:
         super().__init__(f"cannot read {what}: {reason}")
         self.what = what
+        self.reason = reason
+
+
+class CertificateError(JobRunnerError):
+    """A certificate, a key or a CA's directory on this side cannot be made, read or changed; `reason` ends with the remedy."""
+
+    def __init__(self, verb: str, reason: str) -> None:
+        super().__init__(f"cannot {verb}: {reason}")
         self.reason = reason
 
 

@@ -9,7 +9,7 @@ import typer
 from jobrunner import __version__
 from jobrunner.job import JobStatus, Stream
 from jobrunner.output import Selection
-from jobrunner_cli import submit
+from jobrunner_cli import certs, submit
 from jobrunner_cli.exitcodes import job_exit_code
 from jobrunner_cli.session import Settings, connected, say, warn
 from jobrunner_cli.typed import PlainCommand, PlainGroup
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     cls=PlainGroup,
 )
+app.add_typer(certs.app, name="certs")
 # A job's own options are not ours: ours end at the first word of its command.
 _OPTIONS_FIRST = {"allow_interspersed_args": False}
 

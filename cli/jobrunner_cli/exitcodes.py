@@ -50,6 +50,7 @@ CODES: Mapping[type[errors.JobRunnerError], int] = MappingProxyType(
         errors.Unsupported: 76,  # EX_PROTOCOL: the server is too old
         errors.PermissionDenied: 77,  # EX_NOPERM: the role does not allow it
         errors.ConfigError: 78,  # EX_CONFIG: an address or certificate is missing or cannot be read
+        errors.CertificateError: 78,  # likewise
         errors.OffsetOutOfRange: 79,
         errors.Timeout: 80,
         errors.JobRunnerError: 70,  # any other

@@ -11,7 +11,7 @@ SHIM := jobrunner/shim/jobrunner-shim
 SHIM_SOURCES := $(wildcard jobrunner/shim/*.c jobrunner/shim/*.h)
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: help venv shim lock proto check format test test-vm test-docker demo bench clean
+.PHONY: help venv shim lock proto check format test test-vm test-docker demo bench soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -64,6 +64,9 @@ demo: ## the original design's examples, over mutual TLS; needs root
 
 bench: venv ## measure; tables here, figures in build/bench.json; needs root and bwrap
 	$(BIN)/python -m tests.bench --out build/bench.json
+
+soak: venv ## load and abuse for long: followers, memory, instant endings; SHORT=1 for what CI runs; needs root
+	$(BIN)/python -m tests.soak $(if $(SHORT),--short)
 
 clean: ## remove what was made
 	rm -rf $(VENV) $(SHIM) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

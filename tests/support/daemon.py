@@ -91,7 +91,8 @@ class ServerProcess:
         return code
 
 
-async def _stop_all(server: ServerProcess) -> None:
+async def stop_all(server: ServerProcess) -> None:
+    """End every job that runs."""
     async with server.client() as client:
         for info in await client.list(statuses=["running"]):
             await client.get(info.job_id).stop(grace=0)
@@ -104,7 +105,7 @@ def server_process(directory: Path, *options: str) -> Iterator[ServerProcess]:
     try:
         yield running
         if running.process.poll() is None:
-            anyio.run(_stop_all, running)
+            anyio.run(stop_all, running)
     finally:
         if running.process.poll() is None:
             running.end()

@@ -1,0 +1,28 @@
+"""How much of everything: by hand in full, in CI less of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FULL", "SHORT", "Sizes"]
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    lines: int
+    """Numbered lines on stdout, before the random bytes."""
+    random_bytes: int
+    """On both streams together."""
+    followers: int
+    flood_bytes: int
+    """What a job writes while its followers stall."""
+    stalled: int
+    """Followers that stall."""
+    endings: int
+    """Jobs that end the instant after their last write."""
+
+
+FULL = Sizes(lines=10**7, random_bytes=256 * MIB, followers=32, flood_bytes=10 << 30, stalled=100, endings=2000)
+SHORT = Sizes(lines=200_000, random_bytes=4 * MIB, followers=32, flood_bytes=1 << 30, stalled=100, endings=200)

@@ -46,7 +46,11 @@ static int set_limits(int64_t open_files, struct report *why)
 /* Everything above 2 is closed by execve, `report` too, and not before: until then it can still tell a failure. */
 static int set_descriptors(const struct birth *birth, struct report *why)
 {
-	if (dup2(birth->places->null, STDIN_FILENO) < 0 || dup2(birth->output[0], STDOUT_FILENO) < 0 ||
+	/* Opened here, in the job's own root: the launcher's is a file of the host's mounts. */
+	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	if (null < 0)
+		return fail(why, "pipe", errno, "/dev/null");
+	if (dup2(null, STDIN_FILENO) < 0 || dup2(birth->output[0], STDOUT_FILENO) < 0 ||
 	    dup2(birth->output[1], STDERR_FILENO) < 0)
 		return fail(why, "pipe", errno, "");
 	syscall(SYS_close_range, STDERR_FILENO + 1U, ~0U, 1U << 2 /* CLOSE_RANGE_CLOEXEC */);
@@ -59,13 +63,15 @@ static int prepare(const struct birth *birth, struct report *why)
 	prctl(PR_SET_NAME, "jobrunner-exec");
 	setsid();
 	umask(022);
-	if (set_descriptors(birth, why) != 0 || set_limits(plan->open_files, why) != 0)
+	if (own_output(birth, why) != 0 || set_descriptors(birth, why) != 0 || set_limits(plan->open_files, why) != 0)
 		return -1;
+	reset_signals();
+	if (become_the_job(plan, why) != 0)
+		return -1;
+	/* As the job: a directory that it may not enter is none to start it in. */
 	if (chdir(plan->cwd) != 0)
 		return fail(why, "cwd", errno, plan->cwd);
-	/* Seam: keyring, uid and gid, capabilities, no_new_privs, seccomp, in this order, here. */
-	reset_signals();
-	return 0;
+	return filter_calls(plan->seccomp, why);
 }
 
 _Noreturn void command_main(const struct birth *birth)

@@ -1,15 +1,16 @@
 /*
- * The job's namespaces, finished from within by init. Seam: whatever else a job sees of the host (its root, its devices, its
- * network) is decided here, between the private mounts and the command.
+ * The job's namespaces, finished from within by init: cgroups, mounts and root (root.c), host name, network.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/mount.h>
 #include <net/if.h>
 #include <sched.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/mount.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "jobrunner.h"
@@ -17,17 +18,17 @@
 /* Nothing that is mounted from here on may reach the host, and nothing of the host's may reach the job later. */
 int private_mounts(struct report *why)
 {
-	return mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0 ? 0 : fail(why, "mount", errno, "/");
+	struct mount_attr private = {.propagation = 1UL << 18 /* MS_PRIVATE */};
+	if (syscall(SYS_mount_setattr, AT_FDCWD, "/", AT_RECURSIVE, &private, sizeof private) != 0)
+		return fail(why, "mount", errno, "/");
+	return 0;
 }
 
-int isolate_mounts(struct report *why)
+/* For the probe: what every birth needs of mounts. */
+int fresh_proc(struct report *why)
 {
-	if (private_mounts(why) != 0)	/* first */
-		return -1;
-	/* A proc of the new PID namespace: the host's would show the host's processes. */
-	if (mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) != 0)
-		return fail(why, "mount", errno, "/proc");
-	return 0;
+	const int root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
+	return private_mounts(why) != 0 ? -1 : mount_proc(root, false, why);
 }
 
 /* The only interface that a new network namespace has, down at first (network_namespaces(7), netdevice(7)). */
@@ -56,7 +57,7 @@ int isolate(const struct birth *birth, struct report *why)
 		return fail(why, "clone", errno, "cgroup namespace");
 	if (chdir("/") != 0)
 		return fail(why, "mount", errno, "/");
-	if (isolate_mounts(why) != 0)
+	if (private_mounts(why) != 0 || private_root(plan, why) != 0)
 		return -1;
 	if (sethostname(plan->hostname, strlen(plan->hostname)) != 0)
 		return fail(why, "hostname", errno, plan->hostname);

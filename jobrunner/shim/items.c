@@ -17,7 +17,7 @@
 #define MAX_NUMBER INT64_MAX
 #define MIN_OUTPUT (64 << 10)	/* job.py */
 
-enum kind { TEXT, PATH, NUMBER, CHOICE, TEXTS, ENV, ARG };
+enum kind { TEXT, PATH, NUMBER, CHOICE, TEXTS, PATHS, VIEWS, VOLUMES, WORDS, FILTER, ENV, ARG };
 
 struct key {
 	const char *name;
@@ -33,6 +33,12 @@ static const char *const CHOICES[][2] = {
 	[OUTPUT_POLICY] = {"drop-oldest", "stop"}, [ON_WRITE_ERROR] = {"continue", "stop"}, [NETWORK] = {"none", "host"},
 };
 
+/* In the order of the bits of `protect`. */
+static const char *const PROTECTIONS[] = {"capabilities", "no-new-privs", "keyring", "proc"};
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+#define MAX_ID INT64_C(0xfffffffe)	/* the last one means none (chown(2)) */
+#define MAX_BYTES (INT64_C(1) << 60)
+
 #define AT(type, field) offsetof(struct type, field)
 static const struct key PLAN_KEYS[] = {
 	{"dir", PATH, true, AT(plan, dir), 0, 0, 0},
@@ -45,7 +51,6 @@ static const struct key PLAN_KEYS[] = {
 	{"counter", TEXTS, false, AT(plan, counters), AT(plan, n_counters), 0, MAX_COUNTERS},
 	{"hostname", TEXT, true, AT(plan, hostname), 0, 0, 0},
 	{"cwd", PATH, true, AT(plan, cwd), 0, 0, 0},
-	{"network", CHOICE, false, AT(plan, network_host), 0, NETWORK, 0},
 	{"merge", NUMBER, true, AT(plan, merge), 0, 0, 1},
 	{"stop-signal", NUMBER, true, AT(plan, stop_signal), 0, 1, 64},
 	{"grace-ms", NUMBER, true, AT(plan, grace_ms), 0, 0, MAX_MS},
@@ -56,6 +61,21 @@ static const struct key PLAN_KEYS[] = {
 	{"output-policy", CHOICE, false, AT(plan, limit_stops), 0, OUTPUT_POLICY, 0},
 	{"on-write-error", CHOICE, false, AT(plan, error_stops), 0, ON_WRITE_ERROR, 0},
 	{"open-files", NUMBER, false, AT(plan, open_files), 0, 0, MAX_NUMBER},
+	{"uid", NUMBER, false, AT(plan, uid), 0, 0, MAX_ID},
+	{"gid", NUMBER, false, AT(plan, gid), 0, 0, MAX_ID},
+	{"user-name", TEXT, false, AT(plan, user_name), 0, 0, 0},
+	{"show", PATHS, false, AT(plan, show), AT(plan, n_show), 0, MAX_PATHS},
+	{"root", PATH, false, AT(plan, root), 0, 0, 0},
+	{"writable", NUMBER, false, AT(plan, writable), 0, 0, 1},
+	{"mask", PATHS, false, AT(plan, mask), AT(plan, n_mask), 0, MAX_PATHS},
+	{"cgroup-view", VIEWS, false, AT(plan, cgroup_views), AT(plan, n_cgroup_views), 0, MAX_CGROUPS},
+	{"volume", VOLUMES, false, AT(plan, volumes), AT(plan, n_volumes), 0, MAX_VOLUMES},
+	{"work", PATH, false, AT(plan, work), 0, 0, 0},
+	{"work-size", NUMBER, false, AT(plan, work_size), 0, 4096, MAX_BYTES},
+	{"tmp-size", NUMBER, false, AT(plan, tmp_size), 0, 4096, MAX_BYTES},
+	{"network", CHOICE, false, AT(plan, network_host), 0, NETWORK, 0},
+	{"seccomp", FILTER, false, AT(plan, seccomp), 0, 0, 0},
+	{"protect", WORDS, false, AT(plan, protect), 0, 0, 0},
 	{"env", ENV, false, 0, 0, 0, 0},
 	{"arg", ARG, true, 0, 0, 0, 0},
 };
@@ -70,7 +90,6 @@ static const struct key STOP_KEYS[] = {
 	{"grace-ms", NUMBER, true, AT(stop_items, grace_ms), 0, 0, MAX_MS},
 	{"by", TEXT, false, AT(stop_items, by), 0, 0, 0},
 };
-#define COUNT(array) (sizeof(array) / sizeof *(array))
 
 /* Decimal, nothing before or after it; leading zeros are refused, because somebody may take them for octal. */
 static bool parse_number(const char *text, int64_t low, int64_t high, int64_t *number)
@@ -95,28 +114,109 @@ static bool parse_choice(const char *const words[2], const char *text, int64_t *
 	return *choice || strcmp(text, words[0]) == 0;
 }
 
+/* Absolute, and every component the name of something: nothing that leads back up. */
+static bool is_clean_path(const char *path, size_t length)
+{
+	if (length < 2 || length >= PATH_MAX || *path != '/')
+		return false;
+	for (const char *at = path, *end = path + length; at < end;) {
+		const char *name = at + 1;
+		for (at = name; at < end && *at != '/';)
+			at++;
+		size_t size = (size_t)(at - name);
+		if (size == 0 || (name[0] == '.' && (size == 1 || (size == 2 && name[1] == '.'))))
+			return false;
+	}
+	return true;
+}
+
+/* One number of `UID:GID`, up to `end`; where the text goes on, NULL if it is none. */
+static const char *parse_id(const char *text, char end, int64_t *id)
+{
+	char digits[16];
+	size_t length = strcspn(text, (const char[]){end, '\0'});
+	if (text[length] != end || length >= sizeof digits)
+		return NULL;
+	memcpy(digits, text, length);
+	digits[length] = '\0';
+	return parse_number(digits, 0, MAX_ID, id) ? text + length + 1 : NULL;
+}
+
+/* MODE OWNER TARGET SOURCE, cut at the first three spaces. */
+static bool parse_volume(const char *text, struct volume *volume)
+{
+	if (strncmp(text, "ro ", 3) != 0 && strncmp(text, "rw ", 3) != 0)
+		return false;
+	*volume = (struct volume){.read_only = text[1] == 'o', .uid = -1, .gid = -1};
+	text += 3;
+	if (strncmp(text, "- ", 2) == 0)
+		text += 2;
+	else if (!(text = parse_id(text, ':', &volume->uid)) || !(text = parse_id(text, ' ', &volume->gid)))
+		return false;
+	const char *space = strchr(text, ' ');
+	if (!space || !is_clean_path(text, (size_t)(space - text)))
+		return false;
+	volume->target = text;
+	volume->target_length = (int)(space - text);
+	volume->source = space + 1;
+	return *volume->source == '/';
+}
+
+/* NAME PATH: the name of a directory, or "." */
+static bool is_view(const char *text)
+{
+	size_t length = strcspn(text, " /");
+	return length > 0 && length < NAME_MAX && text[length] == ' ' && text[length + 1] == '/' && strncmp(text, "..", 2) != 0;
+}
+
+static bool parse_word(const char *text, int64_t *bits)
+{
+	for (size_t i = 0; i < COUNT(PROTECTIONS); i++)
+		if (strcmp(text, PROTECTIONS[i]) == 0) {
+			*bits |= INT64_C(1) << i;
+			return true;
+		}
+	return false;
+}
+
+/* The next item of an array. */
+static bool append(const struct key *key, char *value, void *target)
+{
+	void *field = (char *)target + key->offset;
+	int *count = (void *)((char *)target + key->count_offset);
+	if (*count >= key->high)
+		return false;
+	if (key->kind == VOLUMES)
+		return parse_volume(value, (struct volume *)field + (*count)++);
+	if ((key->kind == PATHS && !is_clean_path(value, strlen(value))) || (key->kind == VIEWS && !is_view(value)))
+		return false;
+	((const char **)field)[(*count)++] = value;
+	return true;
+}
+
 static bool store(const struct key *key, char *value, void *target, bool seen)
 {
 	void *field = (char *)target + key->offset;
-	if (key->kind == TEXTS) {
-		int *count = (void *)((char *)target + key->count_offset);
-		if (*count >= key->high)
-			return false;
-		((const char **)field)[(*count)++] = value;
-		return true;
-	}
-	if (key->kind == ENV)
+	switch (key->kind) {
+	case TEXTS: case PATHS: case VIEWS: case VOLUMES:
+		return append(key, value, target);
+	case WORDS:
+		return parse_word(value, field);
+	case ENV:
 		return *value != '=' && strchr(value, '=');
-	if (key->kind == ARG)
+	case ARG:
 		return true;
-	if (seen)
+	case NUMBER:
+		return !seen && parse_number(value, key->low, key->high, field);
+	case CHOICE:
+		return !seen && parse_choice(CHOICES[key->low], value, field);
+	case TEXT: case PATH: case FILTER:
+		break;
+	}
+	if (seen || (key->kind == PATH && *value != '/') || (key->kind == FILTER && !filter_parse(value)))
 		return false;
-	if (key->kind == NUMBER)
-		return parse_number(value, key->low, key->high, field);
-	if (key->kind == CHOICE)
-		return parse_choice(CHOICES[key->low], value, field);
 	*(const char **)field = value;
-	return key->kind == TEXT || *value == '/';
+	return true;
 }
 
 static int refuse(struct report *why, const char *what, const char *name)
@@ -185,8 +285,8 @@ int plan_read(int fd, struct plan *plan, struct report *why)
 	char *list = mmap(NULL, MAX_LIST, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (list == MAP_FAILED)
 		return fail(why, "args", errno, "");
-	*plan = (struct plan){.list = list, .timeout_ms = -1, .idle_timeout_ms = -1, .open_files = -1,
-			       .output_limit = -1};
+	*plan = (struct plan){.list = list, .timeout_ms = -1, .idle_timeout_ms = -1, .open_files = -1, .output_limit = -1,
+			      .uid = -1, .gid = -1, .work_size = -1, .tmp_size = -1};
 	lseek(fd, 0, SEEK_SET);		/* the writer of a memfd left it at its end; a pipe has no place to go to */
 	for (ssize_t n; (n = read(fd, list + size, MAX_LIST - size)) != 0;) {
 		if (n < 0 && errno != EINTR)
@@ -198,6 +298,8 @@ int plan_read(int fd, struct plan *plan, struct report *why)
 	plan->list_size = size;
 	if (parse(list, size, "jobrunner-launch=1", PLAN_KEYS, COUNT(PLAN_KEYS), plan, counts, why) != 0)
 		return -1;
+	if ((plan->uid < 0) != (plan->gid < 0))
+		return refuse(why, "missing ", plan->uid < 0 ? "uid" : "gid");
 	return make_vectors(plan, counts[COUNT(PLAN_KEYS) - 1], counts[COUNT(PLAN_KEYS) - 2], why);
 }
 
@@ -207,7 +309,9 @@ void plan_free(struct plan *plan)
 	munmap(plan->list, MAX_LIST);
 	munmap(plan->vectors, plan->vectors_size);
 	plan->dir = plan->cgroup2_shim = plan->cgroup2_job = plan->oom_control = plan->cpu_quota = plan->hostname = plan->cwd = NULL;
+	plan->root = plan->work = plan->user_name = plan->seccomp = NULL;
 	plan->n_cgroup1_shim = plan->n_cgroup1_job = plan->n_counters = 0;
+	plan->n_show = plan->n_mask = plan->n_cgroup_views = plan->n_volumes = 0;
 	plan->argv = plan->env = NULL;
 }
 

@@ -7,6 +7,7 @@
 #ifndef JOBRUNNER_H
 #define JOBRUNNER_H
 
+#include <limits.h>
 #include <poll.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -16,12 +17,25 @@
 
 #define MAX_CGROUPS 16
 #define MAX_COUNTERS 32
+#define MAX_PATHS 128
+#define MAX_VOLUMES 64
 #define MAX_LIST (4u << 20)
 #define MS INT64_C(1000000)
 #define NEVER INT64_MAX
 #define SCRATCH_SIZE (64u << 10)
 
 /* ---- items.c: item lists */
+
+/* The bits of `protect`. */
+enum { PROTECT_CAPABILITIES = 1, PROTECT_NO_NEW_PRIVS = 2, PROTECT_KEYRING = 4, PROTECT_PROC = 8 };
+
+/* A directory of the host's at `target`; `uid` and `gid` -1 if it keeps its owners. */
+struct volume {
+	bool read_only;
+	int target_length;
+	int64_t uid, gid;
+	const char *target, *source;
+};
 
 /* A launch list. Strings point into the list; -1 is a number that was not given. */
 struct plan {
@@ -31,6 +45,11 @@ struct plan {
 	int64_t merge, stop_signal, grace_ms, timeout_ms, idle_timeout_ms, segment_bytes, open_files;
 	int64_t network_host;		/* 1: the host's network instead of one with loopback alone */
 	int64_t output_limit, limit_stops, error_stops;	/* the last two: 1 if that ends the job */
+	const char *root, *work, *user_name, *seccomp;
+	const char *show[MAX_PATHS], *mask[MAX_PATHS], *cgroup_views[MAX_CGROUPS];
+	int n_show, n_mask, n_cgroup_views, n_volumes;
+	struct volume volumes[MAX_VOLUMES];
+	int64_t uid, gid, work_size, tmp_size, writable, protect;
 	char **argv, **env;
 	void *list, *vectors;		/* the memory behind all of it: */
 	size_t list_size, vectors_size;
@@ -76,6 +95,21 @@ int enter_cgroups(const int *tasks, char const *const *paths, int count, struct 
 int send_signal(int pidfd, int signal);
 void close_from(unsigned int first);
 void forget_birth(void);
+
+/* ---- mounts.c */
+
+struct mount_option {
+	const char *key, *value;
+};
+
+int mount_new(const char *type, const struct mount_option *options, unsigned int attributes);
+int mount_clone(int dir, const char *path, uint64_t attributes, bool recursive);
+int mount_change(int mount, uint64_t set, unsigned int flags);
+int mount_put(int mount, int target);
+int open_in_root(int root, const char *path, uint64_t flags);
+int open_inside(int root, const char *path);
+int make_directory(int root, const char *path);
+int make_file(int root, const char *path);
 
 /* ---- exit.c: the exit record, docs/formats.md. Every field is naturally aligned, so this is its layout. */
 
@@ -190,7 +224,22 @@ bool ctl_stop_file(const struct job *job, bool asked, struct stop *stop);
 _Noreturn void init_main(const struct birth *birth);					/* init.c */
 int isolate(const struct birth *birth, struct report *why);				/* isolate.c */
 int private_mounts(struct report *why);
-int isolate_mounts(struct report *why);
+int fresh_proc(struct report *why);
+int private_root(const struct plan *plan, struct report *why);				/* root.c */
+bool plan_has_root(const struct plan *plan);
+int enter_root(int root, struct report *why);
+int mount_dev(int root, const struct plan *plan, struct report *why);			/* dev.c */
+int mount_tmpfs(int64_t bytes, const char *mode, int64_t uid, int64_t gid);
+int mount_proc(int root, bool make, struct report *why);				/* procfs.c */
+int mount_sys(int root, const struct plan *plan, struct report *why);
+int mask_all(int root, const struct plan *plan, struct report *why);
+int mount_work(int root, const struct plan *plan, struct report *why);			/* volume.c */
+int mount_volumes(int root, const struct plan *plan, struct report *why);
+int name_user(int root, const struct plan *plan, struct report *why);			/* identity.c */
+int own_output(const struct birth *birth, struct report *why);
+int become_the_job(const struct plan *plan, struct report *why);
+bool filter_parse(const char *text);							/* seccomp.c */
+int filter_calls(const char *text, struct report *why);
 int bring_up_loopback(struct report *why);
 _Noreturn void command_main(const struct birth *birth);					/* command.c */
 void probe_all(void);									/* probe.c */

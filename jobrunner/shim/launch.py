@@ -9,7 +9,21 @@ from dataclasses import dataclass
 from jobrunner.job import OutputPolicy
 from jobrunner.shim.items import pack_items
 
-__all__ = ["LaunchPlan", "Report", "pack_plan", "parse_report"]
+__all__ = ["PROTECTIONS", "LaunchPlan", "Report", "VolumeMount", "pack_plan", "parse_report"]
+
+PROTECTIONS = ("capabilities", "no-new-privs", "keyring", "proc")
+"""All that `protect` can name: no capability in any set, no_new_privs, a session keyring of its own, masks of /proc and /sys."""
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeMount:
+    """A directory of the host at a path of the job's."""
+
+    source: str
+    target: str
+    read_only: bool = False
+    owner: tuple[int, int] | None = None
+    """(uid, gid) that its files have on disk and that are the job's own inside; None leaves them as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +54,31 @@ class LaunchPlan:
     on_write_error: str = "continue"
     """`continue`, or `stop`: the first byte that cannot be written ends the job."""
 
+    # Each protection is a field of its own; one that is left as it is here is off.
+    uid: int | None = None
+    gid: int | None = None
+    user_name: str = ""
+    """In a line of the job's own /etc/passwd and /etc/group."""
+    show: Sequence[str] = ()
+    """What the job sees of the host, read-only, in a root of its own; what the host lacks is skipped."""
+    root: str = ""
+    """A directory of the host that is the job's root instead."""
+    writable: bool = False
+    """Writes to the root work, and vanish with the job."""
+    mask: Sequence[str] = ()
+    """What is hidden of it."""
+    volumes: Sequence[VolumeMount] = ()
+    work: str = ""
+    """The directory of the host on /work."""
+    work_size: int | None = None
+    """Instead of it, a tmpfs of this size."""
+    tmp_size: int | None = None
+    """Of /tmp and of /dev/shm, each."""
+    seccomp: bytes = b""
+    """A filter as seccomp(2) takes it."""
+    protect: Sequence[str] = ()
+    """Of PROTECTIONS."""
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -63,9 +102,25 @@ def pack_plan(plan: LaunchPlan) -> bytes:
         if number is not None:
             items.append((key, str(number)))
     items += [("output-policy", plan.output_policy), ("on-write-error", plan.on_write_error)]
+    items += _isolation(plan)
     items += [("env", f"{name}={value}") for name, value in plan.env.items()]
     items += [("arg", arg) for arg in plan.command]
     return pack_items("jobrunner-launch", items)
+
+
+def _isolation(plan: LaunchPlan) -> list[tuple[str, str]]:
+    texts = (("user-name", plan.user_name), ("root", plan.root), ("work", plan.work), ("seccomp", plan.seccomp.hex()))
+    numbers = (("uid", plan.uid), ("gid", plan.gid), ("work-size", plan.work_size), ("tmp-size", plan.tmp_size))
+    items = [(key, text) for key, text in texts if text]
+    items += [(key, str(number)) for key, number in numbers if number is not None]
+    for key, values in (("show", plan.show), ("mask", plan.mask), ("protect", plan.protect)):
+        items += [(key, value) for value in values]
+    for volume in plan.volumes:
+        mode, owner = "ro" if volume.read_only else "rw", "{}:{}".format(*volume.owner) if volume.owner else "-"
+        items.append(("volume", f"{mode} {owner} {volume.target} {volume.source}"))
+    if plan.writable:
+        items.append(("writable", "1"))
+    return items
 
 
 def parse_report(line: bytes) -> Report | None:

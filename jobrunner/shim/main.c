@@ -15,7 +15,7 @@
  * descriptor, no terminal, no cgroup. It copies the job's output into the log (log.c), is told through the FIFO `ctl`, and alone
  * signals, by a pidfd, so that no number can come to mean somebody else.
  *
- * init (init.c, isolate.c) is pid 1 of the job's PID namespace: when it is gone so is every process in there, and the kernel has
+ * init (init.c, isolate.c, and root.c, dev.c, procfs.c, volume.c for what the job sees) is pid 1 of the job's PID namespace: when it is gone so is every process in there, and the kernel has
  * waited for them. It dies with the shim. It reaps, passes on the one signal that the shim asks for, and tells the command's end.
  *
  * Pipes
@@ -32,7 +32,8 @@
  *   3. shim: first segment of the log, pipes; init is born in the job's cgroups, or enters them before anything else
  *   4. init: namespaces finished       shim, meanwhile: exit record allocated and synced, so that a full disk cannot lose it
  *   5. shim: GO                        until here nothing of the job has run
- *   6. init: makes the command: descriptors, limits, directory, READY, execve
+ *   6. init: makes the command (command.c): descriptors, limits, keyring, uid, capabilities, no_new_privs (identity.c), directory,
+ *      filter of system calls (seccomp.c), READY, execve
  *   7. shim: READY and end-of-file heard, STARTED is told
  * From 7 on failure may no longer exit: whatever goes wrong (full disk, no server, no launcher to tell), the shim goes on until
  * init is gone, and records what it knows.

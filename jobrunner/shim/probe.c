@@ -42,7 +42,7 @@ static const struct probe {
 	{"ipc", CLONE_NEWIPC, try_nothing},
 	{"uts", CLONE_NEWUTS, try_hostname},
 	{"cgroup", 0, try_cgroup_namespace},
-	{"proc", CLONE_NEWPID | CLONE_NEWNS, isolate_mounts},
+	{"proc", CLONE_NEWPID | CLONE_NEWNS, fresh_proc},
 };
 
 static void run(const struct probe *probe)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import jobrunner.shim
-from jobrunner.shim.launch import pack_plan, parse_report
+from jobrunner.shim.launch import PROTECTIONS, VolumeMount, pack_plan, parse_report
 from tests.support.shim import ShimJob, run_launcher
 
 pytestmark = pytest.mark.requires("root", "command:cc")
@@ -32,6 +32,18 @@ KEYS = [
     "on-write-error",
     "network",
     "grace-ms",
+    "uid",
+    "gid",
+    "user-name",
+    "show",
+    "root",
+    "mask",
+    "cgroup-view",
+    "volume",
+    "work-size",
+    "network",
+    "seccomp",
+    "protect",
     "env",
     "arg",
 ]
@@ -77,7 +89,23 @@ def test_random_lists_are_refused_or_started_and_never_misread(sanitized: Path, 
     # It claims nothing: `ctl` is there already, so that even a list that is still right ends at `claim`.
     (job.directory / "ctl").touch()
     counters = [("counter", "pids_peak 1 - /dev/null"), ("counter", "oom_kills 1 oom_kill /proc/self/status")]
-    good = pack_plan(job.plan("true", "x", cgroup_items=counters, timeout=1.0, open_files=10, output_limit=1 << 20))
+    good = pack_plan(
+        job.plan(
+            *("true", "x"),
+            cgroup_items=[*counters, ("cgroup-view", "memory /sys/fs/cgroup")],
+            timeout=1.0,
+            open_files=10,
+            output_limit=1 << 20,
+            uid=1 << 30,
+            gid=1 << 30,
+            user_name="job",
+            show=("/usr", "/etc"),
+            mask=("/etc/shadow",),
+            volumes=[VolumeMount("/tmp/a b", "/volumes/a", owner=(1, 2)), VolumeMount("/tmp", "/volumes/b", read_only=True)],
+            seccomp=bytes(16),
+            protect=PROTECTIONS,
+        )
+    )
     steps = set()
     for number in range(400):
         items = random_list(rng, good)

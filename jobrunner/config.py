@@ -59,6 +59,12 @@ class RunnerConfig:
     grace: float = 10.0
     """Seconds between the stop signal and the kill, for jobs that do not say."""
     max_running: int = 1000
+    keep_jobs: int | None = 20_000
+    """Ended jobs that are kept, with their output; past that the one that ended first is removed. None for any number."""
+    keep_age: float | None = None
+    """Seconds that an ended job is kept."""
+    keep_bytes: int | None = None
+    """Bytes of output of all ended jobs together."""
     segment_bytes: int = 16 << 20
     """Size of a file of a job's log: dropped whole, so an eighth of the job's output limit at most, and a 64th at least."""
     on_write_error: str = "continue"
@@ -197,12 +203,19 @@ def _between(convert: Callable[[object], Any], low: float, high: float) -> Calla
     return checked
 
 
+def _or_none(convert: Callable[[object], Any]) -> Callable[[object], Any]:
+    return lambda value: None if value == "none" else convert(value)
+
+
 KEYS: Mapping[str, Callable[[object], Any]] = {
     "state_dir": _path,
     "node": _text,
     "cgroup_parent": _text,
     "grace": _between(_seconds, 0, 86400),
     "max_running": _between(_whole, 1, 1_000_000),
+    "keep_jobs": _or_none(_between(_whole, 0, 1_000_000)),
+    "keep_age": _or_none(_between(_seconds, 0, 10 * 365 * 86400)),
+    "keep_bytes": _or_none(_between(_size, 0, 1 << 62)),
     "segment_bytes": _between(_size, 4096, 1 << 40),
     "on_write_error": _word(*ON_WRITE_ERROR),
     "network_host": _flag,

@@ -4,6 +4,7 @@
     ├── CallerError                 the caller asked for something that cannot be
     │   ├── InvalidRequest          a field has a value that no job can have
     │   ├── JobNotFound             no job has this id
+    │   │   └── JobRemoved          a start that was asked for again: its job has been removed
     │   ├── RequestConflict         this request id was used for another request
     │   └── OffsetOutOfRange        past the end of the log of an ended job
     ├── AccessError                 the peer may not do this
@@ -38,6 +39,7 @@ __all__ = [
     "InternalError",
     "InvalidRequest",
     "JobNotFound",
+    "JobRemoved",
     "JobRunnerError",
     "LimitReached",
     "OffsetOutOfRange",
@@ -79,6 +81,15 @@ class JobNotFound(CallerError):
 
     def __init__(self, job_id: str) -> None:
         super().__init__(f'cannot find job "{job_id}": no such job')
+        self.job_id = job_id
+
+
+class JobRemoved(JobNotFound):
+    """The request id has started a job already, whose record has been removed since."""
+
+    def __init__(self, request_id: str, job_id: str) -> None:
+        CallerError.__init__(self, f'cannot start job: request_id: "{request_id}" has started job {job_id}, which was removed')
+        self.request_id = request_id
         self.job_id = job_id
 
 

@@ -59,6 +59,11 @@ class RunnerJob:
     def ended(self) -> bool:
         return self._ended.is_set()
 
+    @property
+    def is_read(self) -> bool:
+        """Whether somebody reads its output."""
+        return self._log.is_read
+
     def info(self) -> JobInfo:
         """Everything known of the job now."""
         usage = Usage() if self._job.ending or self.cgroup is None else self.cgroup.usage()

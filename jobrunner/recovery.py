@@ -1,14 +1,17 @@
 """What a shim left behind, and what a server finds when it starts.
 
-The rules, for a job whose marker says that it is not settled:
+The rules, for a job whose marker, or cgroup, says that it is not settled (docs/formats.md has them for all that can be found):
 
-    no job.json                              a crash while it was made or removed: what is left is removed
-    job.json unreadable                      told in the log and left alone, with whatever may run of it
+    no job.json                              a crash while it was made: what is left is removed
+    job.json damaged, or of a newer version  set aside in `corrupt/`; left alone while a shim of it lives, which is somebody's
+    job.json that cannot be read (EIO)       told in the log and left alone
     no ctl                                   no shim made itself known yet: recovery makes ctl itself, and the start never happens
     ctl with a reader                        runs: adopted
     ctl without a reader, exit record ended  settled by the record
     ... start failed, or no exit record      nothing was executed: removed
     ... exit record running, or damaged      the shim was killed: what is left of the job is killed, and it is `lost`
+
+A stop that was asked for is asked again of a shim that lives. Settled jobs are loaded beside, or when they are asked for.
 """
 
 from __future__ import annotations
@@ -19,19 +22,24 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
+from jobrunner.handle import RunnerJob
 from jobrunner.job import Ending, EndReason, Usage
 from jobrunner.record import RecordError
-from jobrunner.shim.exitrecord import Cause, ExitRecord, State, read_exit
+from jobrunner.shim.exitrecord import Cause, ExitRecord, State
 
 if TYPE_CHECKING:
-    from jobrunner.handle import RunnerJob
     from jobrunner.linux.cgroup import JobCgroup
     from jobrunner.record import JobRecord
     from jobrunner.runner import JobRunner
 
 logger = logging.getLogger(__name__)
+
+BATCH = 50
+"""Ended jobs that are loaded in one go: some milliseconds."""
 
 REASON_OF = {
     Cause.STOPPED: EndReason.STOPPED,
@@ -90,26 +98,33 @@ class Left:
     """When it was found dead, if no record tells when it ended; seconds since the epoch."""
     stopped_by: str
     bounds: tuple[int, int]
+    size: int = 0
+    """Bytes of its log on disk."""
 
     def ending(self) -> Ending:
         return ending_of(self.exit_record, self.found, self.stopped_by)
 
 
 def look(runner: JobRunner, job: RunnerJob, settling: bool) -> Left:
-    """Read it all. A job that is settled without a record of its end gets the time of now, for good."""
+    """Read it all. A job that is settled without a record of its end gets the time of now, for good.
+
+    Raises RecordError for an exit record of a newer version.
+    """
     path = runner.state.directory(job.job_id) / "exit"
-    exit_record = read_exit(path)
+    exit_record = runner.state.exit_record(job.job_id)
     ended = exit_record is not None and exit_record.state is State.ENDED
-    if settling and not ended and path.exists():
-        os.utime(path)
+    there = os.path.lexists(path)
+    if settling and not ended and there:
+        os.utime(path, follow_symlinks=False)
     failed = exit_record is not None and exit_record.state is State.FAILED
     stop = runner.state.read_stop(job.job_id)
     return Left(
         exit_record,
-        ran=path.exists() and not failed,
-        found=path.stat().st_mtime if path.exists() else job.record.created,
+        ran=there and not failed,
+        found=path.lstat().st_mtime if there else job.record.created,
         stopped_by=stop.by if stop else job.stop_asked_by or "",
         bounds=job.read_bounds(),
+        size=runner.state.kept_bytes(job.job_id),
     )
 
 
@@ -121,12 +136,13 @@ async def settle(runner: JobRunner, job: RunnerJob) -> None:
         await _clear(job, left.exit_record)
         work = runner.state.settle if left.ran else runner.state.remove
         await anyio.to_thread.run_sync(work, job.job_id)
-    except OSError as exc:
+    except (OSError, RecordError) as exc:
         # Told as what is known now; recovery does after a restart what could not be done.
         logger.error("cannot settle job %s: %s", job.job_id, exc)
+        await _clear(job, None)
     if not left.ran:
         runner.forget(job)
-    runner.end(job, left.ending(), left.bounds)
+    runner.end(job, left)
 
 
 async def _clear(job: RunnerJob, exit_record: ExitRecord | None) -> None:
@@ -138,40 +154,90 @@ async def _clear(job: RunnerJob, exit_record: ExitRecord | None) -> None:
         logger.error("cannot remove cgroup of job %s: it is still busy", job.job_id)
 
 
-async def recover(runner: JobRunner) -> None:
-    """Take over what is in the state directory and in the cgroup tree: the running jobs first, then the ended ones."""
-    state = runner.state
-    running = await anyio.to_thread.run_sync(state.running_ids)
-    found = await anyio.to_thread.run_sync(state.job_ids)
-    for job_id in sorted(found, key=lambda name: name not in running):
-        try:
-            record = await anyio.to_thread.run_sync(state.load, job_id)
-        except FileNotFoundError:  # a crash while it was made, or removed
-            await _remove(runner, runner.cgroups.reopen(job_id, {}), job_id)
-        except RecordError as exc:
-            logger.warning("%s; left alone", exc.message)
-        else:
-            await _take(runner, record, job_id in running)
-    for job_id in running - set(found):
-        await anyio.to_thread.run_sync(state.settle, job_id)
-    # Those that were left alone may run: they are somebody's, if not ours.
-    for job_id in set(runner.cgroups.leftovers()) - set(found):
+async def recover(runner: JobRunner) -> list[str]:
+    """Take over the jobs that may run, and clear what has no job. The ids of the others, which have ended: for `load_rest`."""
+    found = await anyio.to_thread.run_sync(runner.state.find)
+    await anyio.to_thread.run_sync(runner.catalog.requests.load)
+    cgroups = set(runner.cgroups.leftovers())
+    unsettled = [*found.unsettled, *cgroups.intersection(found.settled)]  # a marker that was lost is no reason to lose a job
+    ours = set(found.settled) | set(found.unsettled)
+    for job_id in unsettled:
+        if not await _take(runner, job_id):
+            ours.discard(job_id)
+    for job_id in cgroups - ours:
         await _sweep(runner.cgroups.reopen(job_id, {}))
+    return [job_id for job_id in found.settled if job_id not in cgroups]
 
 
-async def _take(runner: JobRunner, record: JobRecord, unsettled: bool) -> None:
-    exit_record = await anyio.to_thread.run_sync(read_exit, runner.state.directory(record.job_id) / "exit")
-    started = exit_record.started_ns / 1e9 if exit_record else record.created
-    if not unsettled:
-        job = runner.adopt_settled(record, started)
-        left = await anyio.to_thread.run_sync(look, runner, job, False)
-        runner.end(job, left.ending(), left.bounds)
-    elif await anyio.to_thread.run_sync(runner.state.claim, record.job_id):
-        await _remove(runner, runner.cgroups.reopen(record.job_id, record.cgroup), record.job_id)
-        return
-    else:
-        job = runner.adopt(record, runner.cgroups.reopen(record.job_id, record.cgroup), started)
-    runner.remember_request(job)
+async def _take(runner: JobRunner, job_id: str) -> bool:
+    """False if there is no such job, and nothing may run of it."""
+    state = runner.state
+    try:
+        record, claimed, exit_record = await anyio.to_thread.run_sync(_read_unsettled, runner, job_id)
+    except FileNotFoundError:  # a crash while it was made
+        await _remove(runner, runner.cgroups.reopen(job_id, {}), job_id)
+        return False
+    except RecordError as exc:
+        return not await anyio.to_thread.run_sync(_give_up, runner, job_id, exc)
+    except OSError as exc:
+        logger.error("cannot read job %s: %s; left alone", job_id, exc)
+        return True
+    cgroup = runner.cgroups.reopen(job_id, record.cgroup)
+    if claimed:
+        await _remove(runner, cgroup, job_id)
+        return False
+    stop = state.read_stop(job_id)
+    asked = None if stop is None and not state.stop_was_asked(job_id) else stop.by if stop else ""
+    runner.adopt(record, cgroup, exit_record.started_ns / 1e9 if exit_record else record.created, asked)
+    return True
+
+
+def _read_unsettled(runner: JobRunner, job_id: str) -> tuple[JobRecord, bool, ExitRecord | None]:
+    record = runner.state.load(job_id)
+    return record, runner.state.claim(job_id), runner.state.exit_record(job_id)
+
+
+def _give_up(runner: JobRunner, job_id: str, why: RecordError) -> bool:
+    """Set a job aside that cannot be understood; False if it may still run, and is left alone."""
+    if runner.state.shim_lives(job_id):
+        logger.error("cannot use %s: %s; left alone, for it runs", runner.state.directory(job_id), why.message)
+        return False
+    runner.state.set_aside(runner.state.directory(job_id), why.message)
+    runner.state.settle(job_id)
+    return True
+
+
+def load_one(runner: JobRunner, job_id: str) -> tuple[RunnerJob, Left] | None:
+    """A settled job, from disk; None if it turned out to be none. Raises OSError if it cannot be read now. For a thread."""
+    try:
+        record = runner.state.load(job_id)
+        exit_record = runner.state.exit_record(job_id)
+        job = RunnerJob(record, runner, None, exit_record.started_ns / 1e9 if exit_record else record.created)
+        return job, look(runner, job, False)
+    except FileNotFoundError:  # a crash while it was made
+        runner.state.remove(job_id)
+    except RecordError as exc:
+        _give_up(runner, job_id, exc)
+    return None
+
+
+async def load_rest(runner: JobRunner, job_ids: list[str]) -> None:
+    """The settled jobs, batch by batch; what cannot be read now is told, and tried again when it is asked for."""
+    for begin in range(0, len(job_ids), BATCH):
+        for job, left in await anyio.to_thread.run_sync(_load_batch, runner, job_ids[begin : begin + BATCH]):
+            runner.catalog.take_ended(job, left)
+        await anyio.lowlevel.checkpoint()
+
+
+def _load_batch(runner: JobRunner, job_ids: list[str]) -> list[tuple[RunnerJob, Left]]:
+    found = []
+    for job_id in job_ids:
+        try:
+            if runner.catalog.is_unloaded(job_id) and (one := load_one(runner, job_id)) is not None:
+                found.append(one)
+        except OSError as exc:
+            logger.error("cannot read job %s: %s; left alone", job_id, exc)
+    return found
 
 
 async def _remove(runner: JobRunner, cgroup: JobCgroup, job_id: str) -> None:

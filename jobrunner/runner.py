@@ -26,16 +26,28 @@ from typing import Any, TypeVar
 import anyio.to_thread
 
 from jobrunner import recovery, sandbox
+from jobrunner.catalog import Catalog
 from jobrunner.config import RunnerConfig
-from jobrunner.errors import InvalidRequest, JobNotFound, JobRunnerError, LimitReached, RequestConflict, StartFailed, Unavailable
+from jobrunner.errors import (
+    InvalidRequest,
+    JobNotFound,
+    JobRunnerError,
+    LimitReached,
+    RequestConflict,
+    StartFailed,
+    Unavailable,
+)
 from jobrunner.handle import RunnerJob
-from jobrunner.job import Ending, JobSpec, Limits
+from jobrunner.job import JobSpec, Limits
 from jobrunner.linux import disk
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
 from jobrunner.linux.host import host_facts
 from jobrunner.linux.inotify import Inotify
 from jobrunner.log import ChunkCache
-from jobrunner.record import JobRecord, StateDir, fingerprint
+from jobrunner.record import JobRecord, fingerprint
+from jobrunner.requests import request_key
+from jobrunner.retention import Retention
+from jobrunner.statedir import StateDir
 
 __all__ = ["JobRunner", "RunnerJob"]
 
@@ -59,23 +71,24 @@ class JobRunner:
         self.inotify = inotify
         self.host = host_facts()
         self.chunks = ChunkCache()
-        self._jobs: dict[str, RunnerJob] = {}
-        # Ids of the jobs that have not ended: counted at every start, where walking through all that are kept would cost.
-        self._alive: set[str] = set()
-        self._closing = False
-        self._requests: dict[tuple[str, str], tuple[str, asyncio.Future[RunnerJob]]] = {}
+        self.catalog = Catalog(self)
+        self._running: dict[str, RunnerJob] = {}
+        self._retention = Retention(self)
+        self._changed = asyncio.Event()
+        self._closing = ""
         self._starting = 0
         self._watchers: set[asyncio.Task[None]] = set()
         self._unfinished: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
-        return f"<JobRunner {self.state.path} {self.running} running of {len(self._jobs)}>"
+        return f"<JobRunner {self.state.path} {self.running} running of {len(self.catalog.jobs)}>"
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: RunnerConfig) -> AsyncIterator[JobRunner]:
+    async def open(cls, config: RunnerConfig, *, wait: bool = True) -> AsyncIterator[JobRunner]:
         """Take hold of the state directory and of the jobs in it. Leaving it lets running jobs run on under their shims.
 
+        Without `wait` it does not wait for the jobs that have ended: they are loaded beside, and what needs them waits.
         Raises HostError if the directory is taken, or the host lacks what jobs need.
         """
         await anyio.to_thread.run_sync(sandbox.check_host, config)
@@ -85,7 +98,9 @@ class JobRunner:
                 sandbox.check_limits(config, cgroups)
                 runner = cls(config, state, cgroups, inotify)
                 try:
-                    await recovery.recover(runner)
+                    await runner._recover()
+                    if wait:
+                        await runner.loaded()
                     yield runner
                 finally:
                     await runner._detach()
@@ -98,46 +113,70 @@ class JobRunner:
     @property
     def running(self) -> int:
         """How many jobs run now."""
-        return len(self._alive)
+        return len(self._running)
 
-    def get(self, job_id: str) -> RunnerJob:
-        """The job of this id. Raises JobNotFound."""
-        try:
-            return self._jobs[job_id]
-        except KeyError:
-            raise JobNotFound(job_id) from None
+    async def _recover(self) -> None:
+        ended = await recovery.recover(self)
+        self.catalog.expect(ended)
+        self._beside(self._load(ended))
 
-    def list(self) -> list[RunnerJob]:
+    async def _load(self, ended: list[str]) -> None:
+        await self.catalog.load(ended)
+        await self._retention.run()
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether it takes no new jobs."""
+        return bool(self._closing)
+
+    async def loaded(self) -> None:
+        """Wait until every job that the state directory has is known."""
+        await self.catalog.loaded.wait()
+
+    async def get(self, job_id: str) -> RunnerJob:
+        """The job of this id. Raises JobNotFound; HostError if its record cannot be read now."""
+        return await self.catalog.get(job_id)
+
+    async def list(self) -> list[RunnerJob]:
         """All jobs, newest first."""
-        return sorted(self._jobs.values(), key=lambda job: (job.record.created, job.job_id), reverse=True)
+        await self.loaded()
+        jobs = []
+        for entry in self.catalog.jobs.newest_first():
+            with contextlib.suppress(JobNotFound):
+                jobs.append(await self.get(entry.job_id))
+        return jobs
 
     async def start(self, spec: JobSpec, *, user: str = "") -> RunnerJob:
         """Start a job; returns when its command has been executed. A call that is cancelled leaves a start that goes on.
 
-        The same `spec.request_id` of the same user gives the same job again. Raises InvalidRequest, LimitReached, RequestConflict,
-        and StartFailed with the step and the reason; then nothing is left of it.
+        The same `spec.request_id` of the same user gives the same job again, also after a restart; JobRemoved once that job is
+        removed, for 24 hours. Raises InvalidRequest, LimitReached, RequestConflict, and StartFailed with the step and the reason;
+        then nothing is left of it.
         """
-        key = (user, spec.request_id)
-        if spec.request_id and key in self._requests:
-            known, job = self._requests[key]
-            if known != fingerprint(spec):
+        key = request_key(user, spec.request_id) if spec.request_id else b""
+        if key and self.catalog.requests.find(key) is None:
+            await self.loaded()
+        claim = self.catalog.requests.find(key) if key else None
+        if claim is not None:
+            if claim.fingerprint.hex() != fingerprint(spec)[:32]:
                 raise RequestConflict(spec.request_id)
-            return await asyncio.shield(job)
+            if isinstance(claim.job, str):
+                return await self.catalog.started(spec.request_id, claim.job)
+            return await asyncio.shield(claim.job)
         limits = self._check(spec)
         self._starting += 1  # Order: in the same step as the check, or starts at once would pass the bound together
         starting = self._spawn(self._start(spec, limits, user))
-        starting.add_done_callback(lambda done: self._start_is_over(key, done))
-        if spec.request_id:
-            self._requests[key] = (fingerprint(spec), starting)
+        starting.add_done_callback(self._start_is_over)
+        if key:
+            self.catalog.requests.begin(key, fingerprint(spec), starting)
         return await asyncio.shield(starting)
 
     async def remove(self, job_id: str) -> None:
         """Remove an ended job's record and log. Raises JobNotFound, and InvalidRequest if it still runs."""
-        job = self.get(job_id)
+        job = await self.get(job_id)
         if not job.ended:
             raise InvalidRequest("job_id", f"job {job_id} is running", verb="remove job")
-        self.forget(job)
-        await self.finish(anyio.to_thread.run_sync(self.state.remove, job_id))
+        await self.catalog.drop([job_id])
 
     def _check(self, spec: JobSpec) -> Limits:
         """The limits to apply. Raises InvalidRequest for what this host's configuration does not allow."""
@@ -152,7 +191,7 @@ class JobRunner:
         limits = spec.limits.over(self.config.defaults)
         limits.check_ceilings(self.config.ceilings)
         if self._closing:
-            raise Unavailable("cannot start job: the server is shutting down")
+            raise Unavailable(f"cannot start job: the server is {self._closing}")
         if self.running + self._starting >= self.config.max_running:
             raise LimitReached("start job", "max_running", f"{self.config.max_running} jobs are running")
         return limits
@@ -184,7 +223,7 @@ class JobRunner:
     def _new_id(self) -> str:
         while True:
             job_id = secrets.token_hex(6)
-            if job_id not in self._jobs and not self.state.directory(job_id).exists():
+            if job_id not in self.catalog.jobs and not self.state.directory(job_id).exists():
                 return job_id
 
     async def _undo(self, job_id: str, cgroup: JobCgroup) -> None:
@@ -196,40 +235,28 @@ class JobRunner:
         disks = disk.disks_under([self.state.path, "/", *disk.mounted_on_disks()])
         return self.cgroups.create(job_id, limits, disks, self.config.allow_missing, explicit)
 
-    def adopt(self, record: JobRecord, cgroup: JobCgroup, started: float) -> RunnerJob:
+    def adopt(self, record: JobRecord, cgroup: JobCgroup, started: float, stop_asked_by: str | None = None) -> RunnerJob:
         """Take a job whose shim was started, now or by a server before this one, and watch it to its end."""
         job = RunnerJob(record, self, cgroup, started)
-        self._jobs[job.job_id] = job
-        self._alive.add(job.job_id)
-        watcher = asyncio.get_running_loop().create_task(self._watch(job, self._reach(job)))
-        self._watchers.add(watcher)
-        watcher.add_done_callback(self._watchers.discard)
-        watcher.add_done_callback(_tell_unexpected)
+        job.stop_asked_by = stop_asked_by
+        self._running[job.job_id] = job
+        self.catalog.add(job)
+        self._beside(self._watch(job, self._reach(job)))
         return job
 
-    def adopt_settled(self, record: JobRecord, started: float) -> RunnerJob:
-        """Take a job that had ended and was settled before this server started; the caller marks it as ended."""
-        job = RunnerJob(record, self, None, started)
-        self._jobs[job.job_id] = job
-        return job
-
-    def end(self, job: RunnerJob, ending: Ending, bounds: tuple[int, int]) -> None:
-        """The job has ended, and nothing of it is left but its record and its log, which has these bounds."""
-        self._alive.discard(job.job_id)
-        job.mark_ended(ending, bounds)
+    def end(self, job: RunnerJob, left: recovery.Left) -> None:
+        """The job has ended, and nothing of it is left but its record and its log."""
+        self._running.pop(job.job_id, None)
+        ending = left.ending()
+        self.catalog.jobs.end(job.job_id, ending.status, ending.ended, left.size)
+        job.mark_ended(ending, left.bounds)
+        self._retention.wake()
+        self._changed.set()
 
     def forget(self, job: RunnerJob) -> None:
-        """The job turned out never to have run, or is removed."""
-        self._jobs.pop(job.job_id, None)
-        self._alive.discard(job.job_id)
-        self._requests.pop((job.record.user, job.record.spec.request_id), None)
-
-    def remember_request(self, job: RunnerJob) -> None:
-        """A request id of a job that was found at start-up still gives that job."""
-        if job.record.spec.request_id:
-            done: asyncio.Future[RunnerJob] = asyncio.get_running_loop().create_future()
-            done.set_result(job)
-            self._requests[job.record.user, job.record.spec.request_id] = (job.record.fingerprint, done)
+        """The job turned out never to have run."""
+        self._running.pop(job.job_id, None)
+        self.catalog.forget(job.job_id)
 
     def _reach(self, job: RunnerJob) -> bool:
         """Open the job's `ctl`; False if that failed, which says nothing about the shim."""
@@ -238,14 +265,14 @@ class JobRunner:
         except OSError as exc:
             logger.error("cannot reach shim of job %s: %s; trying again", job.job_id, exc.strerror)
             return False
+        if job.shim is not None and job.stop_asked_by is not None:
+            job.shim.send(b"stop\n")  # it was asked for while nobody could be told, or before a crash
         return True
 
     async def _watch(self, job: RunnerJob, reached: bool) -> None:
         while not reached:
             await asyncio.sleep(REACH_AGAIN)
             reached = self._reach(job)
-            if reached and job.shim is not None and job.stop_asked_by is not None:
-                job.shim.send(b"stop\n")  # it was asked for while nobody could be told
         if job.shim is not None:
             await job.shim.gone()
             job.shim.close()
@@ -262,11 +289,16 @@ class JobRunner:
         task.add_done_callback(_tell_unexpected)
         return task
 
-    def _start_is_over(self, key: tuple[str, str], task: asyncio.Task[RunnerJob]) -> None:
+    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run what goes on until the runner is closed, at most."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._watchers.add(task)
+        task.add_done_callback(self._watchers.discard)
+        task.add_done_callback(_tell_unexpected)
+
+    def _start_is_over(self, _: object) -> None:
         self._starting -= 1
-        known = self._requests.get(key)
-        if known is not None and known[1] is task and (task.cancelled() or task.exception() is not None):
-            del self._requests[key]
+        self._changed.set()
 
     async def settled(self) -> None:
         """Wait until every start, stop, end and removal that is under way now is done."""
@@ -278,19 +310,28 @@ class JobRunner:
 
         Admits no start from here on. Returns when all are gone; what cannot be stopped is told in the log.
         """
-        self._closing = True
+        self._closing = "shutting down"
         await self.settled()  # a start that was under way has its job now
-        running = [self._jobs[job_id] for job_id in self._alive]
+        running = list(self._running.values())
         for end in await asyncio.gather(*(job.end_with_server(grace, by) for job in running), return_exceptions=True):
             if isinstance(end, BaseException):
                 logger.error("%s", end)
+
+    async def drain(self) -> None:
+        """Admit no start from here on, and return when the last job has ended."""
+        self._closing = "draining"
+        while self._running or self._starting:
+            self._changed.clear()
+            await self._changed.wait()
 
     async def _detach(self) -> None:
         """Let go of all jobs: those that run go on under their shims; what is half done is finished first."""
         for watcher in self._watchers:
             watcher.cancel()
         await self.settled()
-        for job in self._jobs.values():
+        self._closing = "shutting down"
+        self.catalog.loaded.set()
+        for job in self._running.values():
             if job.shim is not None:
                 job.shim.close()
 

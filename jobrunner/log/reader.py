@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakSet
 
 import anyio
 
@@ -52,6 +53,7 @@ class Log:
         self.directory = directory
         self.cache = cache
         self._changed = changed
+        self._readers: WeakSet[LogReader] = WeakSet()
 
     def __repr__(self) -> str:
         return f"<Log {self.owner.job_id}>"
@@ -63,8 +65,18 @@ class Log:
         except FileNotFoundError:  # removed, or a segment that retention took between listing and opening it
             return (0, 0)
 
+    @property
+    def is_read(self) -> bool:
+        """Whether a reader is open."""
+        return len(self._readers) > 0
+
     def reader(self, selection: Selection) -> LogReader:
-        return LogReader(self, selection)
+        reader = LogReader(self, selection)
+        self._readers.add(reader)
+        return reader
+
+    def closed(self, reader: LogReader) -> None:
+        self._readers.discard(reader)
 
     def changed(self) -> Awaitable[object]:
         return self._changed(str(self.directory))
@@ -162,6 +174,7 @@ class LogReader(OutputReader):
 
     async def aclose(self) -> None:
         self._closed = True
+        self._log.closed(self)
         if self._thread is not None and not self._thread.done():
             # A cancelled reader's thread may still read: the files are closed after it, or it would read a stranger's.
             self._thread.add_done_callback(self._release_after)

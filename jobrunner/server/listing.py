@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Sequence
 
-from jobrunner.errors import InvalidRequest
+from jobrunner.errors import InvalidRequest, JobNotFound
 from jobrunner.job import JobStatus
-from jobrunner.runner import RunnerJob
+from jobrunner.kept import Entry, Position
+from jobrunner.runner import JobRunner
 from jobrunner.wire import messages as pb
 from jobrunner.wire.convert import info_to_wire
 from jobrunner.wire.encode import Encoded, varint
@@ -24,13 +24,14 @@ MAX_CURSOR = 256
 JOBS = b"\x0a"
 NEXT_CURSOR = b"\x12"
 
-Position = tuple[float, str]
+SCAN = 500
+"""Jobs that are passed over without a pause."""
 
 
-async def page(jobs: Sequence[RunnerJob], request: pb.JobListRequest) -> Encoded:
+async def page(runner: JobRunner, request: pb.JobListRequest) -> Encoded:
     """The JobListResponse after the request's cursor. Raises InvalidRequest that names the field.
 
-    `jobs` are all, newest first. Encoded job by job, with a pause after each, because a full page would hold up the loop.
+    Waits until all jobs are known. Encoded job by job, with a pause after each, because a full page would hold up the loop.
     """
     size = _size(request.page_size)
     after = _read_cursor(request.cursor) if request.cursor else None
@@ -38,16 +39,23 @@ async def page(jobs: Sequence[RunnerJob], request: pb.JobListRequest) -> Encoded
     parts: list[bytes] = []
     length = 0
     last: Position | None = None
-    for job in jobs:
-        position = (job.record.created, job.job_id)
-        if after is not None and position >= after:
-            continue
-        if not _wanted(job, statuses, request):
+    await runner.loaded()
+    for number, entry in enumerate(runner.catalog.jobs.newest_first(after)):
+        if number % SCAN == SCAN - 1:
+            await asyncio.sleep(0)
+        if not _wanted(entry, statuses, request):
             continue
         if last is not None and (len(parts) == size or length >= MAX_BYTES):
             parts.append(_field(NEXT_CURSOR, _write_cursor(last).encode()))
             break
-        parts.append(_field(JOBS, bytes(info_to_wire(job.info()))))
+        position = (entry.created, entry.job_id)
+        try:
+            info = (await runner.get(entry.job_id)).info()
+        except JobNotFound:  # removed meanwhile
+            continue
+        if any(info.labels.get(name) != value for name, value in request.labels.items()):
+            continue
+        parts.append(_field(JOBS, bytes(info_to_wire(info))))
         length += len(parts[-1])
         last = position
         await asyncio.sleep(0)
@@ -66,13 +74,12 @@ def _status(word: str) -> JobStatus:
     return JobStatus(word)
 
 
-def _wanted(job: RunnerJob, statuses: set[JobStatus], request: pb.JobListRequest) -> bool:
-    spec = job.record.spec
-    if statuses and job.status not in statuses:
+def _wanted(entry: Entry, statuses: set[JobStatus], request: pb.JobListRequest) -> bool:
+    if statuses and entry.status not in statuses:
         return False
-    if request.name and spec.name != request.name:
+    if request.name and entry.name != request.name:
         return False
-    return all(spec.labels.get(name) == value for name, value in request.labels.items())
+    return entry.may_have(request.labels)
 
 
 def _field(tag: bytes, payload: bytes) -> bytes:

@@ -7,6 +7,7 @@ taken, 128 + n when a second signal n cut the shutdown short.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from jobrunner.errors import ConfigError, InternalError, JobRunnerError
 from jobrunner.linux.check import Level, everything
 from jobrunner.runner import JobRunner
 from jobrunner.sandbox import needs
+from jobrunner.server import control
 from jobrunner.server.app import JobServer
 from jobrunner.server.devcerts import CLIENTS, make_certs
 from jobrunner.server.health import HealthService
@@ -115,6 +117,20 @@ def stop_jobs(
 
 
 @app.command()
+def drain(
+    config: Annotated[Path | None, typer.Option(help="Settings in TOML.", envvar="JOBRUNNERD_CONFIG")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Where jobs and their output are kept.")] = None,
+) -> None:
+    """Let the running server take no new jobs, and leave when the last has ended; returns then.
+
+    Everything else is served meanwhile. Interrupting this command does not take it back; a server that is started anew takes jobs.
+    Exit code 3 if no server holds the state directory, or if it has left before its last job had ended.
+    """
+    with _told():
+        control.drain(load_runner(config, os.environ, {"state_dir": state_dir}).state_dir, lambda text: print(text, flush=True))
+
+
+@app.command()
 def dev(
     directory: Annotated[
         Path | None, typer.Option("--dir", help="For certificates and jobs; a new one in /tmp if not given.")
@@ -151,7 +167,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[RunningServer]:
     Raises ConfigError for certificates, HostError for the host, the state directory and the address.
     """
     context = server_context(config.ca, config.cert, config.key)
-    async with JobRunner.open(config.runner) as runner:
+    async with JobRunner.open(config.runner, wait=False) as runner:
         draining = anyio.Event()
         handlers = [JobService(runner, draining), HealthService(draining), ReflectionService(descriptors.load())]
         server = JobServer(handlers, config, context, draining)
@@ -170,6 +186,7 @@ def _run(config: ServerConfig, ready: Callable[[str], None]) -> None:
 
 async def _serve(config: ServerConfig, ready: Callable[[str], None]) -> None:
     stop = anyio.Event()
+    asked = asyncio.Event()
 
     def told(number: int) -> None:
         if stop.is_set():
@@ -182,18 +199,29 @@ async def _serve(config: ServerConfig, ready: Callable[[str], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told, number)
     manager = ServiceManager(os.environ)
-    async with running_server(config) as running:
+    async with running_server(config) as running, contextlib.AsyncExitStack() as stack:
+        stack.callback(control.Control(config.runner.state_dir, asked.set).close)
+        draining = loop.create_task(_drain(running.runner, asked, stop))
         ready(running.address)
         manager.ready(f"listening on {running.address}")
         alive = loop.create_task(manager.keep_alive())
         await stop.wait()
         manager.stopping("shutting down", config.shutdown_grace + SHUTDOWN_MARGIN)
         alive.cancel()
+        draining.cancel()
         if config.on_shutdown == "stop":
             # Order: no new calls, then the stops, then the drain that leaving begins, so that who follows a job sees its end.
             running.server.draining.set()
             await running.runner.stop_all(grace=config.shutdown_grace, by="jobrunnerd")
             await running.server.finish_calls()
+
+
+async def _drain(runner: JobRunner, asked: asyncio.Event, stop: anyio.Event) -> None:
+    await asked.wait()
+    logger.info("draining: no new jobs; leaving when the last of %d has ended", runner.running)
+    await runner.drain()
+    logger.info("drained: the last job has ended")
+    stop.set()
 
 
 def _tell_address(address: str) -> None:

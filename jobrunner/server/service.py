@@ -14,7 +14,7 @@ from grpclib.const import Cardinality, Handler
 from grpclib.server import Stream
 
 from jobrunner import __version__
-from jobrunner.errors import HostError, JobNotFound, StopFailed, Unsupported
+from jobrunner.errors import HostError, JobNotFound, JobRemoved, StopFailed, Unsupported
 from jobrunner.job import EndReason, JobInfo, JobStatus
 from jobrunner.runner import JobRunner
 from jobrunner.server.auth import current_identity
@@ -58,13 +58,16 @@ class JobService(pb.JobServiceBase):
         return mapping | {ORIGINAL + name: mapping[PACKAGED + name] for name in ORIGINAL_CALLS}
 
     async def start(self, message: pb.JobStartRequest) -> pb.JobStartResponse:
-        job = await self._runner.start(spec_from_wire(message), user=current_identity().user)
+        try:
+            job = await self._runner.start(spec_from_wire(message), user=current_identity().user)
+        except JobRemoved as exc:  # it was started, and once is what was asked for
+            return pb.JobStartResponse(job_id=exc.job_id)
         return pb.JobStartResponse(job_id=job.job_id, info=info_to_wire(job.info()))
 
     async def stop(self, message: pb.JobStopRequest) -> pb.JobStopResponse:
         """Answers in-band, as the original design says: stopped, not found or error."""
         try:
-            job = self._runner.get(message.job_id)
+            job = await self._runner.get(message.job_id)
             had_ended = job.status is not JobStatus.RUNNING
             info = await job.stop(grace=seconds_from_duration(message.grace), by=current_identity().user)
         except JobNotFound:
@@ -76,10 +79,10 @@ class JobService(pb.JobServiceBase):
         return pb.JobStopResponse(status="stopped", message=text, info=info_to_wire(info))
 
     async def query_status(self, message: pb.JobQueryRequest) -> pb.JobInfo:
-        return info_to_wire(self._runner.get(message.job_id).info())
+        return info_to_wire((await self._runner.get(message.job_id)).info())
 
     async def wait(self, message: pb.JobWaitRequest) -> pb.JobInfo:
-        return info_to_wire(await self._runner.get(message.job_id).wait())
+        return info_to_wire(await (await self._runner.get(message.job_id)).wait())
 
     def watch(self, message: pb.JobWatchRequest) -> AsyncIterator[pb.JobEvent]:
         raise Unsupported("cannot watch jobs: this server does not offer it")
@@ -104,21 +107,21 @@ class JobService(pb.JobServiceBase):
             max_running_jobs=config.max_running,
             defaults=limits_to_wire(config.defaults),
             ceilings=limits_to_wire(config.ceilings),
-            draining=self._draining.is_set(),
+            draining=self._draining.is_set() or self._runner.is_closing,
             network_host=config.network_host,
         )
 
     async def _list(self, stream: Stream[pb.JobListRequest, Encoded]) -> None:
         request = await stream.recv_message()
         assert request is not None
-        await stream.send_message(await page(self._runner.list(), request))
+        await stream.send_message(await page(self._runner, request))
 
     async def _subscribe_output(self, stream: Stream[pb.JobSubscriptionRequest, Encoded]) -> None:
         """Not through the generated base: chunks are encoded without it, and the reader is closed here, in the call's own task."""
         request = await stream.recv_message()
         assert request is not None
         selection = selection_from_wire(request)
-        async with self._runner.get(request.job_id).read(selection) as reader:
+        async with (await self._runner.get(request.job_id)).read(selection) as reader:
             # At once, so that a client knows that it is connected before there is any output.
             await stream.send_initial_metadata()
             if selection.tail is not None or selection.since is not None:

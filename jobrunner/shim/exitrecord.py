@@ -8,7 +8,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Cause", "ExitRecord", "State", "parse_exit", "read_exit"]
+__all__ = ["Cause", "ExitRecord", "State", "is_newer", "parse_exit", "read_exit"]
 
 LAYOUT = struct.Struct("<6sHIIii16sqqQQQ10Q348xI")
 MAGIC, VERSION = b"JREXIT", 1
@@ -74,6 +74,13 @@ def parse_exit(raw: bytes) -> ExitRecord | None:
         return ExitRecord(State(state), Cause(cause), status, errno, step.rstrip(b"\0").decode("ascii"), *times, *counters)
     except ValueError:
         return None
+
+
+def is_newer(raw: bytes) -> bool:
+    """Whether this is a whole exit record of a later version, which says how the job ended to servers that know it."""
+    if len(raw) < LAYOUT.size or raw[: len(MAGIC)] != MAGIC or zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
+        return False
+    return int.from_bytes(raw[len(MAGIC) : len(MAGIC) + 2], "little") > VERSION
 
 
 def read_exit(path: Path) -> ExitRecord | None:

@@ -15,10 +15,10 @@ import pytest
 from jobrunner import JobSpec, StartFailed, sandbox
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import LimitReached, Unavailable
-from jobrunner.record import StateDir
 from jobrunner.runner import JobRunner
 from jobrunner.shim import binary_path
 from jobrunner.shim.stopfile import StopRequest
+from jobrunner.statedir import StateDir
 from tests.support.runner import cgroup_directories, open_runner, processes_with, run, shell
 
 pytestmark = pytest.mark.requires("root")
@@ -49,7 +49,7 @@ async def test_a_job_whose_shim_cannot_be_reached_is_not_taken_for_dead(tmp_path
     ctl.rename(ctl.with_name("kept"))
     ctl.symlink_to("ctl")  # opening it gives ELOOP, which says as little about the shim as EMFILE does
     async with open_runner(tmp_path) as runner:
-        job = runner.get(job_id)
+        job = await runner.get(job_id)
         stopping = asyncio.create_task(job.stop())
         await asyncio.sleep(0.2)
         assert str(job.status) == "running"
@@ -67,11 +67,11 @@ async def test_a_running_job_with_a_record_of_another_version_is_left_alone(tmp_
     written = record.read_text()
     record.write_text(written.replace('"version": 1', '"version": 2'))
     async with open_runner(tmp_path) as runner:
-        assert runner.list() == []
+        assert await runner.list() == []
         assert processes_with(marker)
     record.write_text(written)
     async with open_runner(tmp_path) as runner:
-        assert (await runner.get(job_id).stop()).end_reason == "stopped"
+        assert (await (await runner.get(job_id)).stop()).end_reason == "stopped"
 
 
 async def test_a_start_whose_launcher_was_killed_after_the_birth_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ async def test_a_start_whose_launcher_was_killed_before_the_birth_is_none(tmp_pa
         monkeypatch.setattr(sandbox, "binary_path", lambda: dead)
         with pytest.raises(StartFailed, match="launcher: it was killed"):
             await runner.start(JobSpec("sleep", ("100",)))
-        assert runner.list() == []
+        assert await runner.list() == []
         assert list((tmp_path / "state" / "jobs").iterdir()) == []
 
 
@@ -145,7 +145,7 @@ async def test_a_job_whose_shim_was_killed_ended_when_it_was_found_and_stays_so(
     assert info.ended is not None
     assert info.ended - info.started > 0.4
     async with open_runner(tmp_path) as runner:
-        again = runner.get(info.job_id).info()
+        again = (await runner.get(info.job_id)).info()
     assert again.ended == pytest.approx(info.ended, abs=0.01)
 
 
@@ -168,7 +168,7 @@ async def test_what_a_crash_left_of_a_record_is_removed(tmp_path: Path) -> None:
     (left / "log").mkdir(parents=True)
     (tmp_path / "state" / "running" / "0123456789ab").touch()
     async with open_runner(tmp_path) as runner:
-        assert len(runner.list()) == 1
+        assert len(await runner.list()) == 1
     assert not left.exists()
     assert list((tmp_path / "state" / "running").iterdir()) == []
     assert cgroup_directories("0123456789ab") == []

@@ -64,7 +64,7 @@ async def test_a_start_that_fails_says_where_and_why_and_leaves_nothing(
         assert caught.value.step == step
         assert reason in caught.value.message
         assert _left(tmp_path) == before
-        assert len(runner.list()) == 1
+        assert len(await runner.list()) == 1
 
 
 def _left(tmp_path: Path) -> tuple[list[str], list[str], int]:
@@ -106,7 +106,7 @@ async def test_no_more_jobs_than_configured_run_at_once(tmp_path: Path) -> None:
 async def test_an_id_that_does_not_exist_is_not_found(tmp_path: Path) -> None:
     async with open_runner(tmp_path) as runner:
         with pytest.raises(JobNotFound):
-            runner.get("0123456789ab")
+            await runner.get("0123456789ab")
 
 
 async def test_the_same_request_id_gives_the_same_job_and_another_request_under_it_is_refused(tmp_path: Path) -> None:
@@ -139,8 +139,8 @@ async def test_a_start_whose_caller_is_cancelled_goes_on(tmp_path: Path) -> None
             with pytest.raises(asyncio.CancelledError):
                 await starting
         await runner.settled()
-        assert len(runner.list()) >= 3  # a call that is cancelled before its first step has not begun
-        assert {job.status for job in runner.list()} == {"running"}
+        assert len(await runner.list()) >= 3  # a call that is cancelled before its first step has not begun
+        assert {job.status for job in await runner.list()} == {"running"}
 
 
 async def test_a_second_server_on_the_same_state_directory_is_refused(tmp_path: Path) -> None:

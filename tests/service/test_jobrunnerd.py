@@ -76,8 +76,8 @@ async def test_it_serves_until_sigterm_and_the_jobs_run_on(tmp_path: Path) -> No
             server.process.send_signal(signal.SIGTERM)
         assert await server.exit_code() == 0
     async with JobRunner.open(RunnerConfig(state_dir=tmp_path / "state")) as runner:
-        assert runner.get(job.job_id).status is JobStatus.RUNNING
-        await runner.get(job.job_id).stop(grace=0)
+        assert (await runner.get(job.job_id)).status is JobStatus.RUNNING
+        await (await runner.get(job.job_id)).stop(grace=0)
 
 
 async def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ async def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
             assert await server.exit_code() == 128 + signal.SIGTERM
             tasks.cancel_scope.cancel()
     async with JobRunner.open(RunnerConfig(state_dir=tmp_path / "state")) as runner:
-        await runner.get(job.job_id).stop(grace=0)
+        await (await runner.get(job.job_id)).stop(grace=0)
 
 
 async def test_settings_come_from_variables_too(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ STOP = ENVIRONMENT | {"JOBRUNNERD_ON_SHUTDOWN": "stop", "JOBRUNNERD_SHUTDOWN_GRA
 
 async def left_behind(path: Path, job_id: str) -> JobInfo:
     async with JobRunner.open(RunnerConfig(state_dir=path / "state")) as runner:
-        return runner.get(job_id).info()
+        return (await runner.get(job_id)).info()
 
 
 @pytest.mark.requires("root")

@@ -84,6 +84,6 @@ async def test_nothing_listens_afterwards_and_the_jobs_run_on(tmp_path: Path) ->
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection(host, int(port))
     async with JobRunner.open(RunnerConfig(state_dir=tmp_path / "state")) as runner:
-        job = runner.get(job_id)
+        job = await runner.get(job_id)
         assert job.status is JobStatus.RUNNING
         await job.stop(grace=0)

@@ -111,7 +111,7 @@ async def test_two_hundred_jobs_leave_nothing(tmp_path: Path) -> None:
                 async with anyio.create_task_group() as tasks:
                     for _ in range(10):
                         tasks.start_soon(one_job, channel)
-        assert running.runner.list() == []
+        assert await running.runner.list() == []
         assert list((tmp_path / "state" / "jobs").iterdir()) == []
         assert running.server._calls() == []
         assert len(os.listdir("/proc/self/fd")) <= before

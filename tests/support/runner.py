@@ -25,7 +25,7 @@ async def open_runner(path: Path, **config: Any) -> AsyncIterator[JobRunner]:
             yield runner
         finally:
             with anyio.CancelScope(shield=True), fail_after(20):
-                for job in runner.list():
+                for job in await runner.list():
                     await job.stop(grace=0)
 
 

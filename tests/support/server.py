@@ -74,7 +74,7 @@ async def serving(path: Path, *, keep_jobs: bool = False, **settings: Any) -> As
             yield Running(running.address, running.server, running.runner, authority)
         finally:
             with anyio.CancelScope(shield=True), anyio.fail_after(30):
-                for job in [] if keep_jobs else running.runner.list():
+                for job in [] if keep_jobs else await running.runner.list():
                     await job.stop(grace=0)
 
 

@@ -1,0 +1,256 @@
+"""The state directory: jobs' directories made, read, removed and set aside (docs/formats.md).
+
+Everything here may wait for the disk, so the runner calls it in a thread. Nothing here knows processes or cgroups.
+
+What is not as jobrunner writes it is moved to `corrupt/`, with the reason beside it: nothing is deleted that may not be ours,
+and nothing is believed. A file that cannot be read for the host's reasons (EMFILE, EIO) is no reason to move anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jobrunner.errors import HostError
+from jobrunner.job import is_job_id
+from jobrunner.record import JobRecord, RecordError, pack_record, parse_record
+from jobrunner.shim.exitrecord import ExitRecord, is_newer, parse_exit
+from jobrunner.shim.stopfile import StopRequest, pack_stop, parse_stop
+
+__all__ = ["Found", "StateDir", "append_durably", "write_durably"]
+
+logger = logging.getLogger(__name__)
+
+MAX_FILE = 32 << 20
+"""Bytes of a file that is read whole: job.json of the largest request (job.MAX_ARGS_TOTAL) is less, with every byte escaped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a server finds when it starts: ids by whether the job has its marker."""
+
+    settled: list[str]
+    unsettled: list[str]
+
+
+class StateDir:
+    """The state directory, held by one server at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Make and lock it. HostError if it cannot be made or another server holds it."""
+        self.path = path
+        self.jobs, self.running, self.removed, self.corrupt = (path / name for name in ("jobs", "running", "removed", "corrupt"))
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for directory in (self.jobs, self.running, self.removed, self.corrupt):
+                directory.mkdir(mode=0o700, exist_ok=True)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise HostError(f"cannot use state directory {path}: {exc.strerror}") from exc
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            os.close(self._lock)
+            raise HostError(f"cannot use state directory {path}: another server holds it") from exc
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def directory(self, job_id: str) -> Path:
+        return self.jobs / job_id
+
+    def find(self) -> Found:
+        """All jobs that are there. Finishes removals that were cut short, and sets aside what is none of ours."""
+        for name in os.listdir(self.removed):
+            _remove_tree(self.removed / name)
+        marked = set(self._entries(self.running, "a marker"))
+        there = self._entries(self.jobs, "a job's directory")
+        for job_id in marked.difference(there):  # its job was removed
+            self.settle(job_id)
+        return Found([name for name in there if name not in marked], [name for name in there if name in marked])
+
+    def _entries(self, directory: Path, what: str) -> list[str]:
+        names = []
+        with os.scandir(directory) as entries:
+            for entry in list(entries):
+                right = entry.is_file if directory == self.running else entry.is_dir
+                if right(follow_symlinks=False) and is_job_id(entry.name):
+                    names.append(entry.name)
+                else:
+                    self.set_aside(directory / entry.name, f"it is not {what}")
+        return names
+
+    def set_aside(self, path: Path, why: str) -> None:
+        """Move what cannot be believed to `corrupt/`, with the reason beside it, and tell it."""
+        number = 0
+        while os.path.lexists(place := self.corrupt / (f"{path.name}.{number}" if number else path.name)):
+            number += 1
+        try:
+            path.rename(place)
+            place.with_name(f"{place.name}.why").write_text(f"{path}: {why}\n", errors="surrogateescape")
+        except OSError as exc:
+            logger.error("cannot use %s: %s; it cannot be set aside: %s", path, why, exc.strerror)
+            return
+        logger.error("cannot use %s: %s; set aside as %s", path, why, place)
+
+    def create(self, record: JobRecord) -> None:
+        """Make the job's directory and marker, durably: after this a crash leaves a start that recovery finds."""
+        directory = self.directory(record.job_id)
+        directory.mkdir(mode=0o700)
+        (directory / "log").mkdir(mode=0o700)
+        # Order: the marker comes first, on disk too, so that no directory with a job.json is ever taken for a settled job's.
+        (self.running / record.job_id).touch(mode=0o600)
+        _sync_directory(self.running)
+        write_durably(directory / "job.json", pack_record(record))
+        _sync_directory(self.jobs)
+
+    def load(self, job_id: str) -> JobRecord:
+        """Read job.json. FileNotFoundError if there is none; RecordError if it is not what this version understands."""
+        path = self.directory(job_id) / "job.json"
+        try:
+            return parse_record(_read_file(path), job_id)
+        except RecordError as exc:
+            raise RecordError(f"{path.name}: {exc.message}") from exc
+
+    def exit_record(self, job_id: str) -> ExitRecord | None:
+        """The exit record; None if there is none or it is damaged, which is told. RecordError if it is of a newer version."""
+        path = self.directory(job_id) / "exit"
+        try:
+            data = _read_file(path)
+        except FileNotFoundError:
+            return None
+        except RecordError as exc:
+            logger.error("cannot read %s: %s; how the job ended is unknown", path, exc.message)
+            return None
+        if is_newer(data):
+            raise RecordError(f"{path.name}: its version is newer than this server knows")
+        record = parse_exit(data)
+        if record is None:
+            logger.error("cannot read %s: it is damaged; how the job ended is unknown", path)
+        return record
+
+    def shim_lives(self, job_id: str) -> bool:
+        """Whether a shim reads the job's `ctl`; True too where that cannot be told."""
+        try:
+            os.close(os.open(self.directory(job_id) / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW))
+        except OSError as exc:
+            return exc.errno not in (errno.ENXIO, errno.ENOENT)
+        return True
+
+    def settle(self, job_id: str) -> None:
+        """The job has ended and everything about it is on disk: it is no longer looked at first after a restart."""
+        (self.running / job_id).unlink(missing_ok=True)
+
+    def remove(self, *job_ids: str) -> None:
+        """Remove all of these jobs. A crash leaves each whole, or out of sight and removed for good by the next `find`."""
+        taken = [self.removed / job_id for job_id in job_ids]
+        for job_id, place in zip(job_ids, taken, strict=True):
+            with contextlib.suppress(FileNotFoundError):
+                self.directory(job_id).rename(place)
+        # Order: out of sight on disk too before anything in it goes, or a power loss would show a job with half its log.
+        _sync_directory(self.jobs)
+        for job_id, place in zip(job_ids, taken, strict=True):
+            _remove_tree(place)
+            self.settle(job_id)
+
+    def write_stop(self, job_id: str, request: StopRequest) -> None:
+        """Make a stop durable. A later one only shortens the first one's grace period."""
+        before = self.read_stop(job_id)
+        if before is not None:
+            request = replace(before, grace=min(before.grace, request.grace))
+        write_durably(self.directory(job_id) / "stop", pack_stop(request))
+
+    def claim(self, job_id: str) -> bool:
+        """Make `ctl`, so that a shim that has not made it yet never starts the job. False if a shim was first."""
+        try:
+            os.mkfifo(self.directory(job_id) / "ctl", 0o600)
+        except FileExistsError:
+            return False
+        return True
+
+    def stop_was_asked(self, job_id: str) -> bool:
+        """Whether there is a stop, also one that cannot be read."""
+        return os.path.lexists(self.directory(job_id) / "stop")
+
+    def read_stop(self, job_id: str) -> StopRequest | None:
+        """The stop that was asked for, None if there was none, or none that can be read."""
+        try:
+            return parse_stop(_read_file(self.directory(job_id) / "stop"))
+        except (OSError, ValueError, RecordError):
+            return None
+
+    def kept_bytes(self, job_id: str) -> int:
+        """Bytes of the job's log, index included."""
+        with contextlib.suppress(OSError), os.scandir(self.directory(job_id) / "log") as entries:
+            return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
+        return 0
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file so that after a crash it is there whole or not at all: temporary file, fsync, rename, fsync of the directory."""
+    temporary = path.with_name(f".{path.name}.new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    temporary.rename(path)
+    _sync_directory(path.parent)
+
+
+def append_durably(path: Path, lines: Iterable[bytes]) -> None:
+    """Add whole lines to a file, synced; one that could not be added in full is taken back."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    size = os.fstat(fd).st_size
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(b"".join(lines))
+        os.fsync(fd)
+    except OSError:
+        os.ftruncate(fd, size)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _read_file(path: Path) -> bytes:
+    """A regular file's bytes. RecordError if it is something else, which is not waited for and not followed, or is too large."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        if exc.errno in (errno.ELOOP, errno.ENXIO, errno.ENOTDIR):
+            raise RecordError("it is no regular file") from exc
+        raise
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_FILE:
+            raise RecordError("it is no regular file" if found.st_size <= MAX_FILE else f"it has {found.st_size} bytes")
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(MAX_FILE)
+    finally:
+        os.close(fd)
+
+
+def _remove_tree(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,95 @@
+"""A start that is asked for again happens once: at the same time, after a restart, and after its job was removed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from jobrunner import JobSpec, Limits
+from jobrunner.errors import JobNotFound, JobRemoved, RequestConflict
+from jobrunner.record import fingerprint
+from jobrunner.requests import KEEP, RequestIds, request_key
+from tests.support.runner import open_runner
+
+pytestmark = pytest.mark.requires("root")
+
+ONCE = JobSpec("true", request_id="once")
+
+
+async def test_starts_at_the_same_time_are_one_job(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        jobs = await asyncio.gather(*(runner.start(ONCE, user="a") for _ in range(10)))
+        assert len({job.job_id for job in jobs}) == 1
+        assert len(await runner.list()) == 1
+
+
+async def test_ids_are_the_users_own(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        jobs = [await runner.start(ONCE, user=user) for user in ("a", "b", "")]
+    assert len({job.job_id for job in jobs}) == 3
+
+
+async def test_another_request_under_the_same_id_is_refused_after_a_restart_and_a_removal_too(tmp_path: Path) -> None:
+    other = JobSpec("true", ("x",), request_id="once")
+    async with open_runner(tmp_path) as runner:
+        job = await runner.start(ONCE)
+        await job.wait()
+    async with open_runner(tmp_path) as runner:
+        with pytest.raises(RequestConflict):
+            await runner.start(other)
+        await runner.remove(job.job_id)
+        with pytest.raises(RequestConflict):
+            await runner.start(other)
+    async with open_runner(tmp_path) as runner:
+        with pytest.raises(RequestConflict):
+            await runner.start(other)
+
+
+async def test_a_removed_job_is_not_started_again_for_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_runner(tmp_path) as runner:
+        job = await runner.start(ONCE)
+        await job.wait()
+        await runner.remove(job.job_id)
+        with pytest.raises(JobRemoved, match=job.job_id):
+            await runner.start(ONCE)
+    async with open_runner(tmp_path) as runner:
+        with pytest.raises(JobRemoved):
+            await runner.start(ONCE)
+        with pytest.raises(JobNotFound):
+            await runner.get(job.job_id)
+        later = time.time() + KEEP + 1
+        monkeypatch.setattr("jobrunner.requests.time.time", lambda: later)
+        assert (await runner.start(ONCE)).job_id != job.job_id
+
+
+async def test_a_start_that_failed_may_be_asked_for_again(tmp_path: Path) -> None:
+    spec = JobSpec("/nosuch", request_id="once")
+    async with open_runner(tmp_path) as runner:
+        for _ in range(2):
+            with pytest.raises(Exception, match="exec"):
+                await runner.start(spec)
+        assert (await runner.start(ONCE)).job_id
+
+
+def test_damaged_lines_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, keys = tmp_path / "requests", [request_key("u", str(number)) for number in range(3)]
+    ids = RequestIds(path)
+    for number, key in enumerate(keys):
+        ids.remember(key, fingerprint(ONCE), f"{number:012x}")
+    ids.append(keys, time.time())
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1][:30] + b"\n\xff\xfe\n" + lines[2][:-3])
+    again = RequestIds(path)
+    again.load()
+    assert [again.find(key) is not None for key in keys] == [True, False, False]
+    assert "3 lines" in caplog.text
+    assert path.read_bytes() == lines[0]
+
+
+def test_what_is_at_its_default_is_not_part_of_the_request() -> None:
+    assert fingerprint(JobSpec("x", request_id="a")) == fingerprint(JobSpec("x", (), limits=Limits(), request_id="b"))
+    different = [JobSpec("x", ("y",)), JobSpec("x", env={"A": "1"}), JobSpec("x", limits=Limits(pids=9)), JobSpec("y")]
+    assert len({fingerprint(spec) for spec in [JobSpec("x"), *different]}) == 5

@@ -1,0 +1,111 @@
+"""A server that is killed: its jobs keep their times, a stop that was asked for is carried out, and a second server is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anyio
+import pytest
+
+from jobrunner.config import RunnerConfig
+from jobrunner.job import Limits
+from jobrunner.runner import JobRunner
+from jobrunner.shim.stopfile import StopRequest
+from jobrunner.statedir import StateDir
+from tests.support.daemon import ServerProcess
+from tests.support.runner import cgroup_directories, open_runner, shell
+from tests.support.timing import at_most, fail_after
+
+pytestmark = pytest.mark.requires("root")
+
+ESCALATION = "trap 'echo asked' TERM; echo up; while :; do sleep 0.05; done"
+
+
+async def test_times_hold_while_no_server_runs_and_are_told_as_the_reason(private_server: ServerProcess, tmp_path: Path) -> None:
+    async with private_server.client() as client:
+        deadline = await client.start("sleep", "100", limits=Limits(timeout=1.5))
+        idle = await client.start("sh", "-c", "echo up; exec sleep 100", limits=Limits(idle_timeout=1.5))
+        flood = "sleep 1.2; exec head -c 1000000 /dev/zero"
+        limit = await client.start("sh", "-c", flood, limits=Limits(output_limit=65536, output_policy="stop"))  # type: ignore[arg-type]
+        stopped = await client.start("sh", "-c", ESCALATION, grace=1.5)
+        async with stopped.log() as output:
+            await anext(output)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(stopped.stop)
+                assert (await output.next_line()) is not None
+                private_server.end(signal.SIGKILL)
+                tasks.cancel_scope.cancel()
+    await anyio.sleep(2.2)
+    async with open_runner(tmp_path) as runner:
+        infos = {}
+        for name, job in {"deadline": deadline, "idle_timeout": idle, "output_limit": limit, "stopped": stopped}.items():
+            with fail_after(10):
+                infos[name] = await (await runner.get(job.job_id)).wait()
+    assert {name: str(info.end_reason) for name, info in infos.items()} == {name: name for name in infos}
+    assert infos["stopped"].stopped_by == "admin"
+    for name in ("deadline", "idle_timeout", "stopped"):
+        assert infos[name].usage.wall is not None
+        assert 1.5 <= (infos[name].usage.wall or 0) < 1.5 + at_most(1.5), name
+
+
+async def test_a_stop_that_was_written_right_before_a_crash_is_carried_out_after_it(tmp_path: Path) -> None:
+    async with JobRunner.open(RunnerConfig(state_dir=tmp_path / "state")) as runner:
+        job = await runner.start(shell("sleep 100"))
+        # What a server leaves that dies between the durable file and the line on ctl.
+        runner.state.write_stop(job.job_id, StopRequest(reason="stopped", signal=15, grace=5, by="alice"))
+        torn = await runner.start(shell("sleep 100"))
+        (runner.state.directory(torn.job_id) / "stop").write_bytes(b"jobrunner-stop=9\0")
+    async with open_runner(tmp_path) as runner:
+        with fail_after(10):
+            info = await (await runner.get(job.job_id)).wait()
+            assert (await (await runner.get(torn.job_id)).wait()).end_reason == "stopped"
+    assert (info.end_reason, info.stopped_by) == ("stopped", "alice")
+
+
+async def test_shims_that_are_killed_while_no_server_runs_are_told_as_lost_and_leave_nothing(tmp_path: Path) -> None:
+    async with JobRunner.open(RunnerConfig(state_dir=tmp_path / "state")) as runner:
+        job = await runner.start(shell("sleep 100"))
+    directory = tmp_path / "state" / "jobs" / job.job_id
+    state = await anyio.to_thread.run_sync(shims, directory)
+    assert len(state) == 1
+    os.kill(state[0], signal.SIGKILL)
+    async with open_runner(tmp_path) as runner:
+        with fail_after(10):
+            assert (await (await runner.get(job.job_id)).wait()).end_reason == "lost"
+    assert cgroup_directories(job.job_id) == []
+    assert shims(directory) == []
+
+
+def shims(directory: Path) -> list[int]:
+    found = []
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdigit() and Path("/proc", name, "cwd").readlink() == directory:
+                found.append(int(name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_second_server_is_refused_until_the_first_is_killed(private_server: ServerProcess, tmp_path: Path) -> None:
+    arguments = [f"--{name}={path}" for name, path in (("ca", "ca.pem"), ("cert", "server.pem"), ("key", "server.key"))]
+    command = [
+        str(Path(sys.executable).with_name("jobrunnerd")),
+        "serve",
+        "--listen=127.0.0.1:0",
+        f"--state-dir={private_server.state}",
+    ]
+    done = subprocess.run([*command, *arguments], cwd=private_server.certs, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        3,
+        f"jobrunnerd: cannot use state directory {private_server.state}: another server holds it\n",
+    )
+    private_server.end(signal.SIGKILL)
+    begun = time.monotonic()
+    StateDir(private_server.state).close()
+    assert time.monotonic() - begun < at_most(5)

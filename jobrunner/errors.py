@@ -4,7 +4,7 @@
     ├── CallerError                 the caller asked for something that cannot be
     │   ├── InvalidRequest          a field has a value that no job can have
     │   ├── JobNotFound             no job has this id
-    │   │   └── JobRemoved          a start that was asked for again: its job has been removed
+    │   ├── JobRemoved              a start that was asked for again: its job has been removed
     │   ├── RequestConflict         this request id was used for another request
     │   └── OffsetOutOfRange        past the end of the log of an ended job
     ├── AccessError                 the peer may not do this
@@ -84,11 +84,11 @@ class JobNotFound(CallerError):
         self.job_id = job_id
 
 
-class JobRemoved(JobNotFound):
+class JobRemoved(CallerError):
     """The request id has started a job already, whose record has been removed since."""
 
     def __init__(self, request_id: str, job_id: str) -> None:
-        CallerError.__init__(self, f'cannot start job: request_id: "{request_id}" has started job {job_id}, which was removed')
+        super().__init__(f'cannot start job: request_id: "{request_id}" has started job {job_id}, which was removed')
         self.request_id = request_id
         self.job_id = job_id
 

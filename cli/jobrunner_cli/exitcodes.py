@@ -38,6 +38,7 @@ CODES: Mapping[type[errors.JobRunnerError], int] = MappingProxyType(
     {
         errors.InvalidRequest: 65,  # EX_DATAERR: a value that no job can have
         errors.JobNotFound: 66,  # EX_NOINPUT
+        errors.JobRemoved: 66,
         errors.Unauthenticated: 67,  # EX_NOUSER: a certificate was refused, by either side
         errors.RequestConflict: 68,
         errors.Unavailable: 69,  # EX_UNAVAILABLE: the server is away

@@ -32,6 +32,7 @@ class Row(NamedTuple):
 STATUS_OF: Mapping[type[errors.JobRunnerError], Row] = {
     errors.InvalidRequest: Row(Status.INVALID_ARGUMENT, ("field", "reason")),
     errors.JobNotFound: Row(Status.NOT_FOUND, ("job_id",)),
+    errors.JobRemoved: Row(Status.NOT_FOUND, ("request_id", "job_id")),
     errors.RequestConflict: Row(Status.ALREADY_EXISTS, ("request_id",)),
     errors.OffsetOutOfRange: Row(Status.OUT_OF_RANGE, ("job_id", "offset", "end")),
     errors.Unauthenticated: Row(Status.UNAUTHENTICATED),

@@ -14,6 +14,7 @@ from jobrunner.wire.status import ERROR_TRAILER, STATUS_OF, error_from_wire, err
 EXAMPLES: list[tuple[JobRunnerError, Status]] = [
     (errors.InvalidRequest("limits.memory", "-1 is not between"), Status.INVALID_ARGUMENT),
     (errors.JobNotFound("0123456789ab"), Status.NOT_FOUND),
+    (errors.JobRemoved("r1", "0123456789ab"), Status.NOT_FOUND),
     (errors.RequestConflict("r1"), Status.ALREADY_EXISTS),
     (errors.OffsetOutOfRange("0123456789ab", 10, 5), Status.OUT_OF_RANGE),
     (errors.Unauthenticated("cannot call Start: no certificate"), Status.UNAUTHENTICATED),

@@ -61,7 +61,7 @@ async def test_the_hosts_network_is_refused_unless_the_configuration_allows_it(t
     async with open_runner(tmp_path) as runner:
         with pytest.raises(InvalidRequest, match="network_host = true") as caught:
             await runner.start(JobSpec("true", network="host"))
-        assert runner.list() == []
+        assert await runner.list() == []
     assert caught.value.field == "network"
 
 
@@ -69,4 +69,4 @@ async def test_which_network_a_job_has_is_known_after_a_restart(tmp_path: Path) 
     async with open_runner(tmp_path, network_host=True) as runner:
         info, _ = await run_output(runner, JobSpec("true", network="host"))
     async with open_runner(tmp_path) as runner:
-        assert runner.get(info.job_id).info().network == "host"
+        assert (await runner.get(info.job_id)).info().network == "host"

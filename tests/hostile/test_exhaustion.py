@@ -22,17 +22,38 @@ MEMORY = {
     "System V shared memory": ("shared_memory", TWICE),
     "many processes, each within the limit": ("memory_of_children", str(LIMIT_MIB // 4), "8"),
     "files in /dev/shm": ("fill", "/dev/shm/bomb", TWICE),
+    "files in /tmp": ("fill", "/tmp/bomb", TWICE),
 }
 
 
 @pytest.mark.parametrize("bomb", MEMORY.values(), ids=MEMORY)
 async def test_memory_is_the_jobs_own(arena: Arena, bomb: tuple[str, ...]) -> None:
-    outcome = await arena.attack("bombs", *bomb)
+    """Where the file system would hold more, the memory that it is made of does not."""
+    large = {"tmp_size": 1 << 30}
+    outcome = await arena.attack("bombs", *bomb, change=large)
     assert outcome.text == "oom_killed"
     assert outcome.info.usage.memory_peak is not None
     assert outcome.info.usage.memory_peak <= LIMIT_MIB << 20
     assert "out of memory: the limit is" in outcome.info.message
-    assert (await arena.attack("bombs", *bomb, without=["limits"])).word == "succeeded"
+    assert (await arena.attack("bombs", *bomb, change=large, without=["limits"])).word == "succeeded"
+
+
+FULL = {
+    "/tmp": ("fill", "/tmp/bomb", "32"),
+    "/dev/shm": ("fill", "/dev/shm/bomb", "32"),
+    "/work": ("fill", "/work/bomb", "32"),
+    "inodes of /tmp": ("names", "/tmp", "20000"),
+    "inodes of /dev/shm": ("names", "/dev/shm", "20000"),
+    "inodes of /work": ("names", "/work", "20000"),
+}
+
+
+@pytest.mark.parametrize("bomb", FULL.values(), ids=FULL)
+async def test_what_a_job_may_write_to_has_a_size(arena: Arena, bomb: tuple[str, ...]) -> None:
+    sizes = {"tmp_size": 16 << 20, "work": "", "work_size": 16 << 20}
+    assert (await arena.attack("bombs", *bomb, change=sizes)).text == "refused: ENOSPC"
+    larger = {"tmp_size": 64 << 20, "work": "", "work_size": 64 << 20}
+    assert (await arena.attack("bombs", *bomb, change=larger)).word == "succeeded"
 
 
 async def test_a_fork_bomb_meets_its_limit_and_goes_with_the_job(arena: Arena) -> None:

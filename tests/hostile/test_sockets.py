@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import pytest
 
-from tests.hostile.arena import Arena, outside
+from jobrunner.shim.launch import VolumeMount
+from tests.hostile.arena import Arena, program
+from tests.support.timing import at_most
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.requires("root", "command:python3")]
 
@@ -24,11 +31,70 @@ def abstract() -> Iterator[str]:
 
 async def test_abstract_sockets_of_the_host_are_not_there(arena: Arena, abstract: str) -> None:
     assert (await arena.attack("sockets", "connect_unix", abstract)).text == "refused: ECONNREFUSED"
-    assert outside("sockets", "connect_unix", abstract) == "succeeded: connected"
+    assert (await arena.attack("sockets", "connect_unix", abstract, without=["network"])).text == "succeeded: connected"
 
 
 async def test_services_on_the_hosts_loopback_are_not_there(arena: Arena) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-        assert (await arena.attack("sockets", "connect_tcp", "127.0.0.1", port)).text == "refused: ECONNREFUSED"
-        assert outside("sockets", "connect_tcp", "127.0.0.1", port) == "succeeded: connected"
+        where = "127.0.0.1", str(listener.getsockname()[1])
+        assert (await arena.attack("sockets", "connect_tcp", *where)).text == "refused: ECONNREFUSED"
+        assert (await arena.attack("sockets", "connect_tcp", *where, without=["network"])).text == "succeeded: connected"
+
+
+async def test_sockets_in_run_are_not_there(arena: Arena) -> None:
+    """Anybody may connect to D-Bus or docker's clones; a read-only /run would not hinder it."""
+    path = Path(f"/run/jobrunner-test-{os.getpid()}")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        try:
+            path.chmod(0o777)
+            listener.listen()
+            assert (await arena.attack("sockets", "connect_unix", str(path))).text == "refused: ENOENT"
+            assert (await arena.attack("sockets", "connect_unix", str(path), without=["root"])).text == "succeeded: connected"
+        finally:
+            path.unlink()
+
+
+async def test_terminals_of_the_host_are_not_there(arena: Arena) -> None:
+    ours, theirs = os.openpty()
+    try:
+        name = os.ttyname(theirs)
+        assert (await arena.attack("sockets", "write_terminal", name)).text == "refused: ENOENT"
+        assert (await arena.attack("sockets", "write_terminal", name, without=["root"])).text == "refused: EACCES"
+        assert (await arena.attack("sockets", "write_terminal", name, without=["uid"])).text == "refused: ENOENT"
+        assert (await arena.attack("sockets", "write_terminal", name, without=["root", "uid"])).text == "succeeded: written"
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+async def test_output_in_a_strangers_hands_holds_nothing_up(arena: Arena) -> None:
+    """A process outside that was handed the pipe writes to it while the job lives, and to nobody afterwards."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name, socket.socket(socket.AF_UNIX) as listener:
+        directory = Path(name)
+        directory.chmod(0o777)
+        listener.bind(str(directory / "socket"))
+        (directory / "socket").chmod(0o777)
+        listener.listen()
+        volume = VolumeMount(name, "/volumes/shared")
+        job = await arena.start(*program("sockets", "hand_over_output", "/volumes/shared/socket"), change={"volumes": [volume]})
+        stranger, pipe = await anyio.to_thread.run_sync(take_over, listener)
+        try:
+            os.write(pipe, b"the stranger\n")
+            stranger.close()
+            outcome = await arena.outcome(job)
+            with contextlib.suppress(BrokenPipeError):
+                os.write(pipe, b"too late\n")
+        finally:
+            os.close(pipe)
+    assert outcome.text == "succeeded: handed over"
+    assert outcome.output == b"the stranger\nsucceeded: handed over\n"
+    assert outcome.info.log_end == len(outcome.output)
+
+
+def take_over(listener: socket.socket) -> tuple[socket.socket, int]:
+    """The connection of a job, and the descriptor that it hands over."""
+    listener.settimeout(at_most(20))
+    connection, _ = listener.accept()
+    _, descriptors, _, _ = socket.recv_fds(connection, 64, 1)
+    return connection, descriptors[0]

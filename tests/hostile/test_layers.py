@@ -1,0 +1,135 @@
+"""Every protection holds by itself.
+
+Each attack names the protections that stop it, and the error that each gives when all the others of them are left out. With all of
+them left out it succeeds: so neither the attack nor the list is wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hostile.arena import EVERYTHING, Arena
+from tests.hostile.inside.base import LIBC, check
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.requires("root", "command:python3")]
+
+NO_RIGHT = {"uid": "EPERM", "capabilities": "EPERM"}
+"""Root of the host would still have no capability, and somebody else has none anyway."""
+NOT_OURS = {"uid": "EACCES", "capabilities": "EACCES"}
+REBOOT, SWAPON, ACCT, SYSLOG = 169, 167, 163, 103
+UNMAPPED = "8"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    attack: tuple[str, ...]
+    stopped_by: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return "-".join(word.replace("/", ".") for word in self.attack[1:])
+
+
+CASES = [
+    Case(("files", "read", "/etc/shadow", "root:"), {"mask": "empty", "uid": "EACCES"}),
+    Case(("files", "read", "/proc/keys"), {"proc": "empty"}),
+    Case(("files", "open_for_writing", "/proc/sys/kernel/core_pattern"), {"proc": "EROFS", "uid": "EACCES"}),
+    Case(("files", "create", "/usr/hostile"), {"root": "EROFS", "uid": "EACCES"}),
+    Case(("files", "make_device", "/tmp"), {"root": "EACCES", **NO_RIGHT}),
+    Case(("calls", "mount_tmpfs", "/tmp"), NO_RIGHT),
+    Case(("calls", "remount_writable", "/usr"), NO_RIGHT),
+    Case(("calls", "mount_setattr", "/usr"), NO_RIGHT),
+    Case(("calls", "unmount", "/etc/shadow"), NO_RIGHT),
+    Case(("calls", "fsopen"), NO_RIGHT),
+    Case(("calls", "open_tree"), NO_RIGHT),
+    Case(("calls", "unshare", "mount"), NO_RIGHT),
+    Case(("calls", "setns"), NO_RIGHT),
+    Case(("calls", "pivot_root"), NO_RIGHT),
+    Case(("calls", "chroot"), NO_RIGHT),
+    Case(("calls", "set_host_name"), NO_RIGHT),
+    Case(("calls", "reach", f"{REBOOT}", "0", "0", "0"), NO_RIGHT),
+    Case(("calls", "reach", f"{SWAPON}", UNMAPPED, "0"), NO_RIGHT),
+    Case(("calls", "reach", f"{ACCT}", UNMAPPED), NO_RIGHT),
+    Case(("calls", "reach", f"{SYSLOG}", "10", "0", "0"), NO_RIGHT),
+    Case(("calls", "raw_socket", "inet"), NO_RIGHT),
+    Case(("calls", "raw_socket", "packet"), NO_RIGHT),
+    Case(("processes", "peek", "1"), NOT_OURS),
+    Case(("processes", "environment_of", "1"), NOT_OURS),
+    Case(("processes", "root_of", "1"), NOT_OURS),
+    Case(("processes", "helper_program", "1"), NOT_OURS),
+    Case(("processes", "forge_end", "1"), NO_RIGHT),
+]
+
+
+async def hold(arena: Arena, case: Case, **how: Any) -> None:
+    """All of the protections, each alone, and none."""
+    layers = list(case.stopped_by)
+    outcome = await arena.attack(*case.attack, **how)
+    assert outcome.word == "refused", outcome
+    for layer in layers:
+        alone = await arena.attack(*case.attack, without=[other for other in layers if other != layer], **how)
+        assert alone.text == f"refused: {case.stopped_by[layer]}", f"{layer} alone"
+    assert (await arena.attack(*case.attack, without=layers, **how)).word == "succeeded"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+async def test_each_protection_alone_stops(arena: Arena, case: Case) -> None:
+    await hold(arena, case)
+
+
+async def test_keys_of_the_server_and_records_of_others_are_out_of_reach(arena: Arena) -> None:
+    directory = arena.runner.state.directory(arena.bystander.job_id)
+    assert b"SECRET" in (directory / "job.json").read_bytes()
+    await hold(arena, Case(("files", "read", str(directory / "job.json"), "SECRET"), {"root": "ENOENT", "uid": "EACCES"}))
+    await hold(arena, Case(("files", "list_directory", str(directory), "log"), {"root": "ENOENT", "uid": "EACCES"}))
+
+
+async def test_cgroups_cannot_be_written_to(arena: Arena) -> None:
+    assert arena.bystander.cgroup is not None
+    paths = [value for key, value in arena.bystander.cgroup.launch_items() if key in ("cgroup1-job", "cgroup2-job")]
+    file = paths[0] if Path(paths[0]).is_file() else f"{paths[0]}/cgroup.procs"
+    await hold(arena, Case(("files", "open_for_writing", file), {"root": "ENOENT", "uid": "EACCES"}))
+
+
+@pytest.fixture
+def setuid_program() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        Path(directory).chmod(0o755)
+        program = Path(directory, "id")
+        shutil.copy("/usr/bin/id", program)
+        program.chmod(0o4755)
+        yield str(program)
+
+
+async def test_setuid_programs_give_nothing(arena: Arena, setuid_program: str) -> None:
+    """The filter goes with no_new_privs, without which only root may have one (seccomp(2))."""
+    case = Case(("files", "become_root", setuid_program), {"root": "not root", "no-new-privs": "not root"})
+    show = [*EVERYTHING["show"], str(Path(setuid_program).parent)]
+    await hold(arena, case, change={"show": show, "seccomp": b""})
+
+
+@pytest.fixture
+def key() -> str:
+    """A key in a session keyring that this process, like a server's, hands down to its children."""
+    LIBC.syscall.restype = ctypes.c_long
+    number = ctypes.c_long
+    check(LIBC.syscall(number(250), number(1), None))  # keyctl(KEYCTL_JOIN_SESSION_KEYRING)
+    return str(check(LIBC.syscall(number(248), b"user", b"hostile", b"secret", number(6), number(-3))))
+
+
+async def test_the_servers_keys_are_out_of_reach(arena: Arena, key: str) -> None:
+    await hold(arena, Case(("calls", "read_key", key), {"keyring": "EACCES"}))
+
+
+async def test_the_devices_of_the_host_are_not_there(arena: Arena) -> None:
+    assert set(os.listdir("/dev")) - {"null"} != set()
+    outcome = await arena.attack("files", "list_directory", "/dev", "loop-control")
+    assert outcome.text == "refused: not there"

@@ -235,6 +235,8 @@ int mount_sys(int root, const struct plan *plan, struct report *why);
 int mask_all(int root, const struct plan *plan, struct report *why);
 int mount_work(int root, const struct plan *plan, struct report *why);			/* volume.c */
 int mount_volumes(int root, const struct plan *plan, struct report *why);
+int idmap_prepare(const struct plan *plan, struct report *why);				/* idmap.c */
+int idmap_volume(int i, int mount);
 int name_user(int root, const struct plan *plan, struct report *why);			/* identity.c */
 int own_output(const struct birth *birth, struct report *why);
 int become_the_job(const struct plan *plan, struct report *why);

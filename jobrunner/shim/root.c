@@ -157,6 +157,8 @@ int private_root(const struct plan *plan, struct report *why)
 	const bool own = plan_has_root(plan);
 	if (plan->writable)
 		return fail(why, "overlay", EOPNOTSUPP, "");
+	if (idmap_prepare(plan, why) != 0)	/* first */
+		return -1;
 	int root = own ? make_root(plan, why) : open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (root < 0)
 		return fail(why, "root", errno, "/");

@@ -131,6 +131,57 @@ def test_volumes_are_read_only_or_not(job: ShimJob, tmp_path: Path) -> None:
     assert (directory / "file").read_text() == "x\n"
 
 
+OWNER = 0x70001234
+"""Who owns the files of a volume on disk."""
+
+
+@pytest.fixture
+def owned(tmp_path: Path) -> Path:
+    """A volume whose files are OWNER's and nobody else's, but for one of root's."""
+    volume = tmp_path / "volume"
+    volume.mkdir(mode=0o700)
+    (volume / "file").write_text("theirs\n")
+    (volume / "roots").write_text("secret\n")
+    for path in (volume / "file", volume / "roots"):
+        path.chmod(0o600)
+    for path in (volume, volume / "file"):
+        os.chown(path, OWNER, OWNER)
+    return volume
+
+
+def test_a_volume_of_another_owner_is_the_jobs_own(job: ShimJob, owned: Path) -> None:
+    volumes = [VolumeMount(str(owned), "/volumes/v", owner=(OWNER, OWNER))]
+    script = (
+        "cd /volumes/v; cat file; stat -c '%u:%g' . file; echo x > new; ln new linked; mv linked moved; mkdir -p a/b && echo made"
+    )
+    own = f"{UID}:{UID}"
+    assert inside(job, script, volumes=volumes).split() == ["theirs", own, own, "made"]
+    made = [owned / name for name in ("new", "moved", "a", "a/b")]
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(OWNER, OWNER)}
+
+
+def test_files_of_a_third_owner_stay_out_of_reach(job: ShimJob, owned: Path) -> None:
+    volumes = [VolumeMount(str(owned), "/volumes/v", owner=(OWNER, OWNER))]
+    script = "cd /volumes/v; stat -c %u roots; cat roots; chmod 666 roots; chown 0 file; echo x >> roots"
+    assert inside(job, f"exec 2>/dev/null; {script}", volumes=volumes) == "65534\n"
+    assert (owned / "roots").read_text() == "secret\n"
+
+
+def test_a_volume_of_another_owner_without_the_mapping_is_a_strangers(job: ShimJob, owned: Path) -> None:
+    assert inside(job, "cat /volumes/v/file 2>/dev/null", volumes=[VolumeMount(str(owned), "/volumes/v")]) == ""
+
+
+def test_a_mapped_volume_can_be_read_only(job: ShimJob, owned: Path) -> None:
+    volumes = [VolumeMount(str(owned), "/volumes/v", read_only=True, owner=(OWNER, OWNER))]
+    assert inside(job, "exec 2>/dev/null; cd /volumes/v; cat file; echo x > file || echo no", volumes=volumes) == "theirs\nno\n"
+
+
+def test_a_setuid_program_of_a_volume_gives_nothing(job: ShimJob, owned: Path) -> None:
+    volumes = [VolumeMount(str(owned), "/volumes/v", owner=(OWNER, OWNER))]
+    script = "cp /usr/bin/id /volumes/v/id && chmod 6755 /volumes/v/id && /volumes/v/id -u"
+    assert inside(job, script, volumes=volumes, protect=("capabilities",)) == f"{UID}\n"
+
+
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the number of a system call is an architecture's")
 def test_a_filter_of_system_calls(job: ShimJob, tmp_path: Path) -> None:
     assert "Operation not permitted" in inside(job, "uname 2>&1", seccomp=DENY_UNAME)
@@ -159,6 +210,7 @@ def test_steps_that_fail_are_told(job: ShimJob, tmp_path: Path) -> None:
         ("root", 2, {"root": "/no/such"}),
         ("work", 2, {"show": SHOW, "work": "/no/such"}),
         ("volume", 2, {"show": SHOW, "volumes": [VolumeMount("/no/such", "/volumes/x")]}),
+        ("idmap", 22, {"show": SHOW, "uid": UID, "gid": UID, "volumes": [VolumeMount("/proc", "/volumes/x", owner=(1, 1))]}),
         ("seccomp", 22, {"seccomp": bytes(8), "protect": ("no-new-privs",)}),
         ("cwd", 2, {"show": SHOW, "cwd": "/home"}),
     ]

@@ -65,6 +65,7 @@ class RunnerConfig:
     """Seconds that an ended job is kept."""
     keep_bytes: int | None = None
     """Bytes of output of all ended jobs together."""
+    max_running_per_user: int = 1000
     segment_bytes: int = 16 << 20
     """Size of a file of a job's log: dropped whole, so an eighth of the job's output limit at most, and a 64th at least."""
     on_write_error: str = "continue"
@@ -93,10 +94,23 @@ class ServerConfig:
     """Whether viewers may read output, not only state."""
     max_message: int = 4 << 20
     """Bytes of one request."""
+    max_header_size: int = 16 << 10
+    """Bytes of a call's headers, 32 added for each (RFC 9113 section 6.5.2)."""
     max_connections: int = 512
+    max_connections_per_user: int = 256
     max_pending_handshakes: int = 64
+    """When as many are in their handshake, the oldest gives way to the newest."""
     handshake_timeout: float = 5.0
     max_streams_per_connection: int = 100
+    """Calls at once on one connection."""
+    max_calls_per_second: float = 500.0
+    """Of each user; ten seconds' worth may come at once. What comes too fast is told when to come again."""
+    max_starts_per_second: float = 100.0
+    """Of each user, as above."""
+    max_followers_per_job: int = 1000
+    """Readers of one job's output at once."""
+    receive_timeout: float = 60.0
+    """Seconds within which a call's one message has to be there."""
     send_timeout: float = 60.0
     """Seconds after which a stream whose peer takes nothing is ended."""
     log_level: str = "info"
@@ -216,6 +230,7 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "keep_jobs": _or_none(_between(_whole, 0, 1_000_000)),
     "keep_age": _or_none(_between(_seconds, 0, 10 * 365 * 86400)),
     "keep_bytes": _or_none(_between(_size, 0, 1 << 62)),
+    "max_running_per_user": _between(_whole, 1, 1_000_000),
     "segment_bytes": _between(_size, 4096, 1 << 40),
     "on_write_error": _word(*ON_WRITE_ERROR),
     "network_host": _flag,
@@ -226,10 +241,16 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "listen": _listen,
     "viewer_output": _flag,
     "max_message": _between(_size, 65536, 1 << 30),
+    "max_header_size": _between(_size, 4096, 1 << 20),
     "max_connections": _between(_whole, 1, 1_000_000),
+    "max_connections_per_user": _between(_whole, 1, 1_000_000),
     "max_pending_handshakes": _between(_whole, 1, 1_000_000),
     "handshake_timeout": _between(_seconds, 0.1, 3600),
     "max_streams_per_connection": _between(_whole, 1, 1_000_000),
+    "max_calls_per_second": _between(_number, 0.1, 1_000_000),
+    "max_starts_per_second": _between(_number, 0.1, 1_000_000),
+    "max_followers_per_job": _between(_whole, 1, 1_000_000),
+    "receive_timeout": _between(_seconds, 0.1, 86400),
     "send_timeout": _between(_seconds, 0.1, 86400),
     "log_level": _log_level,
     "on_shutdown": _word(*ON_SHUTDOWN),

@@ -148,11 +148,15 @@ class StopFailed(JobRunnerError):
 
 
 class LimitReached(JobRunnerError):
-    """A bound of the server was met. `bound` names it as the configuration does."""
+    """A bound of the server was met. `bound` names it as the configuration does.
 
-    def __init__(self, verb: str, bound: str, reason: str) -> None:
+    `retry_after` is not 0 where the call was not looked at, and may be made again after so many seconds.
+    """
+
+    def __init__(self, verb: str, bound: str, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(f"cannot {verb}: {reason} ({bound})")
         self.bound = bound
+        self.retry_after = retry_after
 
 
 class HostError(JobRunnerError):

@@ -18,6 +18,7 @@ import contextlib
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import fields
@@ -76,7 +77,8 @@ class JobRunner:
         self._retention = Retention(self)
         self._changed = asyncio.Event()
         self._closing = ""
-        self._starting = 0
+        self._starting: Counter[str] = Counter()
+        """Starts under way, by user."""
         self._watchers: set[asyncio.Task[None]] = set()
         self._unfinished: set[asyncio.Task[Any]] = set()
 
@@ -163,10 +165,11 @@ class JobRunner:
             if isinstance(claim.job, str):
                 return await self.catalog.started(spec.request_id, claim.job)
             return await asyncio.shield(claim.job)
-        limits = self._check(spec)
-        self._starting += 1  # Order: in the same step as the check, or starts at once would pass the bound together
+        limits = self._check(spec, user)
+        # Order: in the same step as the check, or starts at once would pass the bounds together.
+        self._starting[user] += 1
         starting = self._spawn(self._start(spec, limits, user))
-        starting.add_done_callback(self._start_is_over)
+        starting.add_done_callback(lambda _: self._start_is_over(user))
         if key:
             self.catalog.requests.begin(key, fingerprint(spec), starting)
         return await asyncio.shield(starting)
@@ -178,7 +181,7 @@ class JobRunner:
             raise InvalidRequest("job_id", f"job {job_id} is running", verb="remove job")
         await self.catalog.drop([job_id])
 
-    def _check(self, spec: JobSpec) -> Limits:
+    def _check(self, spec: JobSpec, user: str) -> Limits:
         """The limits to apply. Raises InvalidRequest for what this host's configuration does not allow."""
         for name in NOT_BUILT:
             if getattr(spec, name):
@@ -192,8 +195,11 @@ class JobRunner:
         limits.check_ceilings(self.config.ceilings)
         if self._closing:
             raise Unavailable(f"cannot start job: the server is {self._closing}")
-        if self.running + self._starting >= self.config.max_running:
+        if self.running + self._starting.total() >= self.config.max_running:
             raise LimitReached("start job", "max_running", f"{self.config.max_running} jobs are running")
+        most = self.config.max_running_per_user
+        if sum(job.record.user == user for job in self._running.values()) + self._starting[user] >= most:
+            raise LimitReached("start job", "max_running_per_user", f'{most} jobs of user "{user}" are running; stop one')
         return limits
 
     async def _start(self, spec: JobSpec, limits: Limits, user: str) -> RunnerJob:
@@ -296,8 +302,8 @@ class JobRunner:
         task.add_done_callback(self._watchers.discard)
         task.add_done_callback(_tell_unexpected)
 
-    def _start_is_over(self, _: object) -> None:
-        self._starting -= 1
+    def _start_is_over(self, user: str) -> None:
+        self._starting -= Counter((user,))  # which forgets who has none
         self._changed.set()
 
     async def settled(self) -> None:

@@ -14,7 +14,7 @@ import anyio
 from grpclib.client import Channel, Handler
 from grpclib.config import Configuration
 from grpclib.protocol import EventsProcessor, H2Protocol
-from h2.events import StreamEnded, UnknownFrameReceived
+from h2.events import ConnectionTerminated, StreamEnded, UnknownFrameReceived
 from h2.settings import SettingCodes
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ class ClientProtocol(H2Protocol):
     lost: BaseException | None = None
     """What the transport said when it was lost; None also for a quiet end-of-file."""
 
+    told: tuple[int, str] | None = None
+    """The code and the reason with which the server has ended the connection (GOAWAY), if it has."""
+
     processor: EventsProcessor
     transport: asyncio.BaseTransport
 
@@ -89,6 +92,11 @@ class ClientProtocol(H2Protocol):
         processors[StreamEnded] = self._stream_ended
         self._ack = self.connection.ack
         cast("Any", self.connection).ack = self._ack_if_open
+        processors[ConnectionTerminated] = self._terminated
+
+    def _terminated(self, event: ConnectionTerminated) -> None:
+        self.told = int(event.error_code or 0), (event.additional_data or b"").decode(errors="replace")
+        self.processor.process_connection_terminated(event)
 
     def data_received(self, data: bytes) -> None:
         if self.received_at is None:

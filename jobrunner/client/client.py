@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import random
 import secrets
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +18,7 @@ from jobrunner.client.channel import ClientChannel
 from jobrunner.client.errors import translated
 from jobrunner.client.reader import ClientOutputReader, OutputCall
 from jobrunner.client.resume import Attempts, Connection
-from jobrunner.errors import ConfigError, InternalError, JobNotFound, JobRunnerError, StopFailed
+from jobrunner.errors import ConfigError, InternalError, JobNotFound, JobRunnerError, LimitReached, StopFailed
 from jobrunner.job import EndReason, JobInfo, JobSpec, JobStatus, Limits, Stream
 from jobrunner.output import Selection
 from jobrunner.tls import client_context
@@ -184,7 +186,22 @@ class JobClient:
         return self._open
 
     async def _unary(self, method: str, request: Any, reply_type: type[_Reply], verb: str, timeout: float | None) -> _Reply:
-        """One call with one answer. `verb` is what fails if it fails, `timeout` its deadline in seconds."""
+        """One call with one answer. `verb` is what fails if it fails, `timeout` its deadline in seconds.
+
+        Made again when the server says that it comes too fast, after the pause that it asks for, if the deadline allows.
+        """
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + (self.timeout if timeout is None else timeout)
+        while True:
+            try:
+                return await self._once(method, request, reply_type, verb, timeout)
+            except LimitReached as exc:
+                pause = exc.retry_after * random.uniform(1.0, 1.5)  # many that were refused together do not come back together
+                if not exc.retry_after or loop.time() + pause > give_up_at:
+                    raise
+                await asyncio.sleep(pause)
+
+    async def _once(self, method: str, request: Any, reply_type: type[_Reply], verb: str, timeout: float | None) -> _Reply:
         channel = self._channel
         async with translated(channel, verb, timeout) as attempt:
             path = f"{SERVICE}/{method}"

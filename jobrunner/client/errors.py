@@ -14,7 +14,7 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 from h2.exceptions import H2Error
 
-from jobrunner.errors import InternalError, JobRunnerError, Timeout, Unauthenticated, Unavailable, Unsupported
+from jobrunner.errors import InternalError, JobRunnerError, LimitReached, Timeout, Unauthenticated, Unavailable, Unsupported
 from jobrunner.wire.status import ERROR_TRAILER, error_from_wire
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ _ALERTS = {
     "TLSV1_ALERT_ACCESS_DENIED": "access denied",
 }
 """Alerts that a server sends about a client's certificate (RFC 8446 section 6.2), by OpenSSL's names as `ssl.SSLError.reason`."""
+
+
+_BOUND = re.compile(r"cannot (?P<verb>[^:]*): (?P<reason>.*) \((?P<bound>[a-z_]+)\)", re.DOTALL)
+"""What a server says when it ends a connection for a bound: `cannot VERB: reason (bound)`."""
 
 
 class Attempt:
@@ -139,6 +143,8 @@ async def _lost(channel: ClientChannel, exc: Exception) -> JobRunnerError:
     if isinstance(exc, OSError):
         return Unavailable(f"{where}: {_reason(exc)}")
     last = channel.last
+    if last is not None and last.told is not None and (bound := _BOUND.fullmatch(last.told[1])):
+        return LimitReached(bound["verb"], bound["bound"], f"{_address(channel)}: {bound['reason']}")
     if last is None or last.received or not last.gone:
         told = last.lost if last is not None else None
         return Unavailable(f"lost the connection to {_address(channel)}: {_reason(told or exc)}")

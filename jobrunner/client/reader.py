@@ -10,6 +10,7 @@ reads nothing for long has its subscription ended by the server; when it reads o
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -115,8 +116,10 @@ class ClientOutputReader(OutputReader):
                 before = self._received_to
                 try:
                     await self._subscribe(attempts)
-                except LimitReached:
-                    if self._received_to == before:  # a bound that has nothing to do with how slowly we read
+                except LimitReached as exc:
+                    if exc.retry_after:
+                        await asyncio.sleep(exc.retry_after * random.uniform(1.0, 1.5))
+                    elif self._received_to == before:  # a bound that has nothing to do with how slowly we read
                         raise
                 except JobRunnerError as exc:
                     await attempts.again(exc)

@@ -16,7 +16,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import anyio
 from grpclib.const import Status
@@ -24,10 +24,11 @@ from grpclib.events import RecvRequest, listen
 from grpclib.server import Server
 
 from jobrunner.config import ServerConfig
-from jobrunner.errors import AccessError, HostError, Unavailable
+from jobrunner.errors import AccessError, HostError, LimitReached, Unavailable
 from jobrunner.server import auth
-from jobrunner.server.guard import grpc_error, guarded
-from jobrunner.server.http2 import CONFIGURATION, Bounds, CallHandler, ServerProtocol, ServerStream
+from jobrunner.server.guard import grpc_error, guarded, refused
+from jobrunner.server.http2 import CONFIGURATION, Bounds, CallHandler, ServerPeer, ServerProtocol, ServerStream
+from jobrunner.server.limits import Rate
 from jobrunner.server.tcp import Listener, address_of
 from jobrunner.wire.codec import StrictCodec
 
@@ -40,6 +41,8 @@ SHUTDOWN_TIMEOUT = 2.0
 ENDLESS = frozenset({"SubscribeOutput", "Wait", "ServerReflectionInfo"})
 """Calls that only wait or stream: nothing is cut in half when they end at once. Health's Watch ends by itself."""
 HEALTH = "/grpc.health."
+MIN_FRAMES, FRAMES_PER_CALL = 1000.0, 8
+"""Small frames of HTTP/2 in a second, and for each call that a user may make: headers, message, reset, what the answer needs."""
 
 
 class JobServer(Server):
@@ -55,7 +58,17 @@ class JobServer(Server):
         self.draining = draining
         self._policy = auth.policy(config.viewer_output)
         self._settings = config
-        self._bounds = Bounds(config.max_message, config.max_streams_per_connection, config.send_timeout)
+        self._bounds = Bounds(
+            max_message=config.max_message,
+            max_header_size=config.max_header_size,
+            max_streams=config.max_streams_per_connection,
+            max_connections_per_user=config.max_connections_per_user,
+            receive_timeout=config.receive_timeout,
+            send_timeout=config.send_timeout,
+        )
+        self._frames = Rate("max_calls_per_second", max(MIN_FRAMES, FRAMES_PER_CALL * config.max_calls_per_second), "frames")
+        self._call_rate = Rate("max_calls_per_second", config.max_calls_per_second, "calls")
+        self._start_rate = Rate("max_starts_per_second", config.max_starts_per_second, "starts")
         self._connections: set[ServerProtocol] = set()
         self._changed = asyncio.Event()
         self.listener = Listener(
@@ -110,19 +123,34 @@ class JobServer(Server):
 
     def _protocol_factory(self) -> ServerProtocol:
         handler = CallHandler(self._mapping, self._codec, self._status_details_codec, self.__dispatch__)
-        return ServerProtocol(handler, self._h2_config, self._bounds, self._connections, self._changed)
+        return ServerProtocol(handler, self._h2_config, self._bounds, self._frames, self._connections, self._changed)
 
     async def _admit(self, event: RecvRequest) -> None:
         """Before anything of a call is looked at: may this peer make it?"""
         address = address_of(event.peer.addr())
         try:
+            self._charge(cast("ServerPeer", event.peer).protocol, event.method_name)
             auth.authorize(event.method_name, event.peer.cert(), self._policy, address)
             if self.draining.is_set() and not event.method_name.startswith(HEALTH):
                 call = event.method_name.rpartition("/")[2]
                 raise Unavailable(f"cannot call {call}: the server is shutting down")
+        except LimitReached as exc:
+            event.method_func = refused(exc)
+            return
         except (AccessError, Unavailable) as exc:
             raise grpc_error(exc) from exc
         event.method_func = guarded(event.method_func, event.method_name)
+
+    def _charge(self, connection: ServerProtocol, method: str) -> None:
+        """Count the call of this user. Raises LimitReached. Before authorization: denials cost as much, and are logged."""
+        call = method.rpartition("/")[2]
+        for rate in (self._call_rate, self._start_rate) if call == "Start" else (self._call_rate,):
+            try:
+                rate.charge(connection.user, f"call {call}")
+            except LimitReached as exc:
+                if rate.of(connection.user).overdrawn:
+                    asyncio.get_running_loop().call_soon(connection.end, exc.message)  # after this call has been told
+                raise
 
     def _calls(self) -> list[ServerStream]:
         return [stream for connection in self._connections for stream in connection.streams()]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Coroutine
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 from grpclib.server import Stream
 from h2.exceptions import ProtocolError as H2Error
 
-from jobrunner.errors import InternalError, InvalidRequest, JobRunnerError, Unsupported
+from jobrunner.errors import InternalError, InvalidRequest, JobRunnerError, LimitReached, Unsupported
 from jobrunner.wire.codec import MalformedMessage
 from jobrunner.wire.status import error_to_wire
 
-__all__ = ["grpc_error", "guarded"]
+if TYPE_CHECKING:
+    from jobrunner.server.http2 import ServerStream
+
+__all__ = ["grpc_error", "guarded", "refused"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +40,19 @@ def guarded(handler: Handler, method: str) -> Handler:
         except H2Error as exc:  # the peer reset the stream while it was written to
             raise GRPCError(Status.CANCELLED, "the stream is closed") from exc
         except Exception as exc:
-            wire = error_to_wire(_known(exc, method))
-            await stream.send_trailing_metadata(status=wire.status, status_message=wire.message, metadata=wire.trailer)
+            await refused(_known(exc, method))(stream)
+
+    return answer
+
+
+def refused(error: JobRunnerError) -> Handler:
+    """A handler that answers with this error, its trailer included."""
+
+    async def answer(stream: Stream[Any, Any]) -> None:
+        wire = error_to_wire(error)
+        if isinstance(error, LimitReached):
+            cast("ServerStream", stream._stream).pushback = error.retry_after
+        await stream.send_trailing_metadata(status=wire.status, status_message=wire.message, metadata=wire.trailer)
 
     return answer
 

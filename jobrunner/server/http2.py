@@ -1,9 +1,11 @@
 """What one authenticated peer may do on its connection: grpclib's HTTP/2 protocol with the bounds that it lacks.
 
 message size            a longer one is RESOURCE_EXHAUSTED before it is buffered
-a send without progress ends its stream, or the connection if that is what stalls
-control frames          a peer that asks for answers and does not read them is cut
-frames too long, streams opened and reset in a flood: cut
+headers too long        RESOURCE_EXHAUSTED; four times as long: the end of the connection
+calls too many at once  REFUSED_STREAM, which clients know as not begun
+a message that does not come, a send without progress: end their call, or the connection if that is what stalls
+frames in a flood, answers that are not read, frames too long, calls reset in a flood: the end of the connection
+errors of the protocol  GOAWAY with the code of RFC 9113; every end of a connection tells its reason in GOAWAY's debug data
 frames of unknown types are ignored (RFC 9113 section 5.5)
 every call is answered: never with UNKNOWN, and never not at all
 """
@@ -12,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import ssl
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,16 +26,20 @@ from grpclib import server as grpc_server
 from grpclib.config import Configuration
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
-from grpclib.protocol import Connection, H2Protocol, Stream
+from grpclib.metadata import encode_bin_value, encode_grpc_message
+from grpclib.protocol import Connection, EventsProcessor, H2Protocol, Peer, Stream
 from h2.config import H2Configuration
 from h2.errors import ErrorCodes
 from h2.events import RequestReceived, UnknownFrameReceived
-from h2.settings import SettingCodes
+from h2.exceptions import ProtocolError
 
-from jobrunner.errors import InvalidRequest, LimitReached
+from jobrunner.errors import InvalidRequest, JobRunnerError, LimitReached
+from jobrunner.server.frames import FrameMeter, Http2, TooMuch
+from jobrunner.server.limits import Bucket, Rate
 from jobrunner.server.tcp import address_of
+from jobrunner.wire.status import error_to_wire
 
-__all__ = ["CONFIGURATION", "Bounds", "CallHandler", "ServerProtocol", "ServerStream"]
+__all__ = ["CONFIGURATION", "Bounds", "CallHandler", "ServerPeer", "ServerProtocol", "ServerStream"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +58,9 @@ MAX_UNREAD_ANSWERS = 256 * 1024
 TIMEOUT = re.compile(r"[0-9]{1,8}[HMSmun]")
 """grpc-timeout: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md"""
 
+PUSHBACK = "grpc-retry-pushback-ms"
+"""Other gRPC clients know it: https://github.com/grpc/proposal/blob/master/A6-client-retries.md#pushback"""
+
 Headers = Sequence[tuple[str, str]]
 
 
@@ -59,7 +69,10 @@ class Bounds:
     """Of one connection; sizes in bytes, times in seconds."""
 
     max_message: int
+    max_header_size: int
     max_streams: int
+    max_connections_per_user: int
+    receive_timeout: float
     send_timeout: float
 
 
@@ -70,6 +83,10 @@ class ServerStream(Stream):
     wants_message = False
     """Whether exactly one message is due from the client."""
     answered = False
+    refusal: JobRunnerError | None = None
+    """Why this call is not looked at, if it is not."""
+    pushback: float = 0.0
+    """Seconds after which the client may make this call again, told with its end; 0 for nothing to tell."""
 
     def __init__(self, connection: Connection, stream_id: int, bounds: Bounds) -> None:
         super().__init__(connection, connection._connection, connection._transport, stream_id=stream_id)
@@ -84,7 +101,7 @@ class ServerStream(Stream):
                 "read request", "max_message", f"its message of {size} bytes is longer than {self._bounds.max_message}"
             )
         try:
-            data = await super().recv_data(size)
+            data = await self._received(size)
         except AssertionError as exc:  # grpclib's word for a stream that ends too early
             raise InvalidRequest("message", "the stream ends within it", verb="read request") from exc
         if not self._in_message and not data and self.wants_message and not self._messages:
@@ -95,9 +112,34 @@ class ServerStream(Stream):
         self._in_message = not self._in_message
         return data
 
+    async def _received(self, size: int) -> bytes:
+        """Not for a call that streams to the server, which may be silent as long as it likes."""
+        if not self.wants_message:
+            return await super().recv_data(size)
+        seconds = self._bounds.receive_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await super().recv_data(size)
+        except TimeoutError as exc:
+            why = f"its message is not there after {seconds:g} s"
+            raise LimitReached("read request", "receive_timeout", why) from exc
+
+    async def refuse(self, error: JobRunnerError) -> None:
+        """Answer with this error, where there is no handler to do it."""
+        wire = error_to_wire(error)
+        headers = [(":status", "200"), ("content-type", "application/grpc+proto"), ("grpc-status", str(wire.status.value))]
+        headers.append(("grpc-message", encode_grpc_message(wire.message)))
+        headers += [(name, encode_bin_value(value).decode()) for name, value in wire.trailer.items()]
+        await self.send_headers(headers, end_stream=True)
+        if self.closable:
+            self.reset_nowait()
+
     async def send_headers(self, headers: list[tuple[str, str]], end_stream: bool = False) -> None:
+        headers = _never_unknown(headers)
+        if end_stream and self.pushback:
+            headers.append((PUSHBACK, str(math.ceil(1000 * self.pushback))))
         with self._progress():
-            await super().send_headers(_never_unknown(headers), end_stream)
+            await super().send_headers(headers, end_stream)
         self.answered = self.answered or end_stream
 
     async def send_data(self, data: bytes, end_stream: bool = False) -> None:
@@ -160,6 +202,9 @@ class CallHandler(grpc_server.Handler):
         return len(self._tasks) + len(self._cancelled)
 
     async def _answer(self, stream: ServerStream, headers: Any, release_stream: Callable[[], Any]) -> None:
+        if stream.refusal is not None:
+            await stream.refuse(stream.refusal)
+            return
         await grpc_server.request_handler(
             self.mapping, stream, headers, self.codec, self.status_details_codec, self.dispatch, release_stream
         )
@@ -178,36 +223,78 @@ def _timeout(value: str) -> str:
     return "1m" if value[-1] in "nu" or not int(value[:-1]) else value
 
 
+class ServerPeer(Peer):
+    """Who is at the other end of a connection, and the connection itself: what a call's hooks are given."""
+
+    def __init__(self, protocol: ServerProtocol) -> None:
+        super().__init__(protocol.transport)
+        self.protocol = protocol
+
+
+class ServerConnection(Connection):
+    """grpclib's connection, which knows its protocol."""
+
+    protocol: ServerProtocol
+
+    def get_peer(self) -> ServerPeer:
+        return ServerPeer(self.protocol)
+
+
 class ServerProtocol(H2Protocol):
     """One connection whose peer's certificate has been accepted."""
 
     transport: asyncio.Transport
     handler: CallHandler
+    user = ""
+    """The CN of the client's certificate, "" if there is not exactly one."""
+    frames: Bucket
 
     def __init__(
-        self, handler: CallHandler, h2_config: H2Configuration, bounds: Bounds, live: set[ServerProtocol], changed: asyncio.Event
+        self,
+        handler: CallHandler,
+        h2_config: H2Configuration,
+        bounds: Bounds,
+        frames: Rate,
+        live: set[ServerProtocol],
+        changed: asyncio.Event,
     ) -> None:
         """`live` is the server's set of connections, which this one enters and leaves by itself; `changed` is set when it has
-        left, and when one of its calls is over.
+        left, and when one of its calls is over. `frames` are those that a user may send.
         """
         super().__init__(handler, CONFIGURATION.__for_server__(), h2_config)
         self._bounds = bounds
+        self._rate = frames
         self._live = live
         self._changed = changed
         self._unread = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """As grpclib's, with an HTTP/2 connection of our own."""
         self.transport = cast("asyncio.Transport", transport)
-        super().connection_made(transport)
-        self._live.add(self)
-        self.connection._connection.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: self._bounds.max_streams})
+        window = self.config.http2_stream_window_size
+        limits = {"max_streams": self._bounds.max_streams, "max_header_size": self._bounds.max_header_size}
+        self.http2 = Http2(self.h2_config, stream_window=window, **limits)
+        self.http2.initiate_connection()
+        self.http2.increment_flow_control_window(self.config.http2_connection_window_size - 65535)
+        self._meter = FrameMeter(self.http2.max_inbound_frame_size)
+        self.connection = ServerConnection(self.http2, self.transport, config=self.config)
+        self.connection.protocol = self
         self.connection.flush()
+        self.connection.initialize()
+        self.processor = EventsProcessor(self.handler, self.connection)
         processors: dict[type, Any] = self.processor.processors
         processors[UnknownFrameReceived] = lambda event: None
         processors[RequestReceived] = self._request_received
+        self.user = _user_of(transport)
+        self.frames = self._rate.of(self.user)
         tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
         if tls is not None and tls.selected_alpn_protocol() != "h2":
             self._cut("it does not speak HTTP/2 (ALPN h2)")
+            return
+        most = self._bounds.max_connections_per_user
+        if sum(other.user == self.user for other in self._live) >= most:
+            self.end(f'cannot connect: user "{self.user}" has {most} connections (max_connections_per_user)')
+        self._live.add(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._live.discard(self)
@@ -219,18 +306,27 @@ class ServerProtocol(H2Protocol):
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return  # what was under way when the connection was ended
         before = self.transport.get_write_buffer_size()
-        super().data_received(data)
+        try:
+            if self.frames.take(self._meter.count(data)):
+                raise TooMuch(f"more than {self.frames.per_second:g} small frames a second ({self._rate.bound})")
+            events = self.connection.feed(data)
+        except ProtocolError as exc:
+            self._protocol_error(exc)
+            return
+        self.connection.flush()
+        for event in events:
+            self.processor.process(event)
+        self.connection.flush()
         if self.transport.is_closing():
             return
         # What is written while data comes in are answers to control frames. Output waits for the peer to read; these do not.
         if not self.connection.write_ready.is_set():
             self._unread += max(0, self.transport.get_write_buffer_size() - before)
-        h2 = self.connection._connection
         if self._unread > MAX_UNREAD_ANSWERS:
             self._cut("it does not read the answers to its control frames")
-        elif len(h2.incoming_buffer._data) > h2.max_inbound_frame_size + 9:
-            self._cut("it sends frames longer than agreed")
 
     def streams(self) -> list[ServerStream]:
         """The calls that are being handled."""
@@ -239,9 +335,22 @@ class ServerProtocol(H2Protocol):
     def go_away(self) -> None:
         """Tell the peer that this connection is over, and close it."""
         if not self.transport.is_closing():
-            self.connection._connection.close_connection()
+            self.http2.close_connection()
             self.connection.flush()
             self.processor.close("the server is shutting down")
+
+    def end(self, reason: str, code: ErrorCodes = ErrorCodes.ENHANCE_YOUR_CALM) -> None:
+        """End the connection at once and tell the peer why: `cannot VERB: reason (bound)`, in GOAWAY's debug data."""
+        if self.transport.is_closing():
+            return
+        logger.warning("ending the connection of %s, %r: %s", self._address(), self.user, reason)
+        with suppress(ProtocolError):  # it has been told GOAWAY already
+            self.http2.close_connection(code, additional_data=reason.encode()[:1024])
+        self.connection.flush()
+        self.processor.close(reason)
+
+    def _protocol_error(self, exc: ProtocolError) -> None:
+        self.end(f"cannot go on: {str(exc) or type(exc).__name__}", exc.error_code)
 
     def _request_received(self, event: RequestReceived) -> None:
         # A call that is reset is handled to its end all the same: without this bound a flood of them would pile up.
@@ -249,7 +358,15 @@ class ServerProtocol(H2Protocol):
             self._cut("it resets calls faster than they can be ended")
             return
         assert event.stream_id is not None
+        known = self.http2.streams
+        if sum(number in known and not known[number].closed for number in self.processor.streams) >= self._bounds.max_streams:
+            self.http2.reset_stream(event.stream_id, ErrorCodes.REFUSED_STREAM)
+            return
         stream = ServerStream(self.connection, event.stream_id, self._bounds)
+        size = sum(len(name) + len(value) + 32 for name, value in event.headers or ())
+        if size > self._bounds.max_header_size:
+            reason = f"its headers of {size} bytes are longer than {self._bounds.max_header_size}"
+            stream.refusal = LimitReached("read request", "max_header_size", reason)
         release_stream = self.processor.register(stream)
 
         def release() -> None:
@@ -260,6 +377,17 @@ class ServerProtocol(H2Protocol):
         self.handler.accept(stream, event.headers, release)
 
     def _cut(self, reason: str) -> None:
+        """Without a word to who would not read it."""
         if not self.transport.is_closing():
-            logger.warning("cutting the connection of %s: %s", address_of(self.transport.get_extra_info("peername")), reason)
+            logger.warning("cutting the connection of %s: %s", self._address(), reason)
             self.transport.abort()
+
+    def _address(self) -> str:
+        return address_of(self.transport.get_extra_info("peername"))
+
+
+def _user_of(transport: asyncio.BaseTransport) -> str:
+    """The CN of the certificate, "" if there is not exactly one: those are one user, who may do nothing."""
+    subject = (transport.get_extra_info("peercert") or {}).get("subject", ())
+    names = [value for rdn in subject for key, value in rdn if key == "commonName"]
+    return str(names[0]) if len(names) == 1 else ""

@@ -169,7 +169,8 @@ async def running_server(config: ServerConfig) -> AsyncIterator[RunningServer]:
     context = server_context(config.ca, config.cert, config.key)
     async with JobRunner.open(config.runner, wait=False) as runner:
         draining = anyio.Event()
-        handlers = [JobService(runner, draining), HealthService(draining), ReflectionService(descriptors.load())]
+        jobs = JobService(runner, draining, config.max_followers_per_job)
+        handlers = [jobs, HealthService(draining), ReflectionService(descriptors.load())]
         server = JobServer(handlers, config, context, draining)
         async with server.serve() as address:
             yield RunningServer(address, server, runner)

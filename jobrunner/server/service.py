@@ -16,8 +16,10 @@ from grpclib.server import Stream
 from jobrunner import __version__
 from jobrunner.errors import HostError, JobNotFound, JobRemoved, StopFailed, Unsupported
 from jobrunner.job import EndReason, JobInfo, JobStatus
-from jobrunner.runner import JobRunner
+from jobrunner.output import Selection
+from jobrunner.runner import JobRunner, RunnerJob
 from jobrunner.server.auth import current_identity
+from jobrunner.server.limits import Counted
 from jobrunner.server.listing import page
 from jobrunner.wire import messages as pb
 from jobrunner.wire.convert import (
@@ -43,9 +45,10 @@ class DrainState(Protocol):
 class JobService(pb.JobServiceBase):
     """The service over one runner."""
 
-    def __init__(self, runner: JobRunner, draining: DrainState) -> None:
+    def __init__(self, runner: JobRunner, draining: DrainState, max_followers_per_job: int) -> None:
         self._runner = runner
         self._draining = draining
+        self._followers = Counted("max_followers_per_job", max_followers_per_job)
 
     def __mapping__(self) -> dict[str, Handler]:
         mapping: dict[str, Handler] = super().__mapping__()
@@ -121,7 +124,13 @@ class JobService(pb.JobServiceBase):
         request = await stream.recv_message()
         assert request is not None
         selection = selection_from_wire(request)
-        async with (await self._runner.get(request.job_id)).read(selection) as reader:
+        job = await self._runner.get(request.job_id)
+        verb, reason = f"read log of job {job.job_id}", f"{self._followers.most} clients are reading it"
+        with self._followers.one_more(job.job_id, verb, reason):
+            await self._send_output(stream, job, selection)
+
+    async def _send_output(self, stream: Stream[Any, Encoded], job: RunnerJob, selection: Selection) -> None:
+        async with job.read(selection) as reader:
             # At once, so that a client knows that it is connected before there is any output.
             await stream.send_initial_metadata()
             if selection.tail is not None or selection.since is not None:

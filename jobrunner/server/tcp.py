@@ -36,7 +36,8 @@ class Listener:
         self.context = context
         self.handshake_timeout = handshake_timeout
         self.shutdown_timeout = shutdown_timeout
-        self.pending: set[TlsConnection] = set()
+        self.pending: dict[TlsConnection, None] = {}
+        """In the order in which they came."""
         self.live: set[TlsConnection] = set()
         self._app_protocol = app_protocol
         self._max_connections = max_connections
@@ -48,16 +49,31 @@ class Listener:
 
     def accept(self) -> asyncio.BaseProtocol:
         """The protocol of the connection that has just come; a protocol factory for `loop.create_server`."""
-        if len(self.pending) >= self._max_pending or len(self.pending) + len(self.live) >= self._max_connections:
-            # Told once, not for each connection of a flood.
-            if not self._refusing:
-                logger.warning("refusing connections: %d are there and %d in their handshake", len(self.live), len(self.pending))
-            self._refusing = True
+        if len(self.live) >= self._max_connections:
+            self._tell_refusing("max_connections", self._max_connections, "connections")
             return Refused()
-        self._refusing = False
+        if len(self.pending) >= self._max_pending:
+            self._tell_refusing("max_pending_handshakes", self._max_pending, "handshakes")
+            self._give_way()
+        else:
+            self._refusing = False
         connection = TlsConnection(self, self._app_protocol())
-        self.pending.add(connection)
+        self.pending[connection] = None
         return connection
+
+    def _give_way(self) -> None:
+        """Drop the oldest that has said nothing, else the oldest: an honest handshake is over within milliseconds, so who is in
+        it the longest is the least likely to be one. Refusing the newest would let a few silent peers keep everybody out.
+        """
+        silent = (connection for connection in self.pending if not connection.heard)
+        oldest = next(silent, None) or next(iter(self.pending))
+        del self.pending[oldest]
+        oldest.abort()
+
+    def _tell_refusing(self, bound: str, most: int, what: str) -> None:
+        if not self._refusing:  # once, not for each connection of a flood
+            logger.warning("dropping connections: there are %d %s (%s)", most, what, bound)
+        self._refusing = True
 
     def abort(self) -> None:
         """Drop every connection at once."""
@@ -74,7 +90,7 @@ class Refused(asyncio.Protocol):
 
 
 class TlsConnection(sslproto.SSLProtocol):
-    """The server's side of TLS on one connection. Overrides three methods of asyncio's, the same in Python 3.11 to 3.13."""
+    """The server's side of TLS on one connection. Overrides some methods of asyncio's, the same in Python 3.11 to 3.13."""
 
     max_size = 64 * 1024
     """Bytes of the read buffer that each connection has; asyncio's 256 KiB are most of what an idle connection costs."""
@@ -85,6 +101,8 @@ class TlsConnection(sslproto.SSLProtocol):
         super().__init__(asyncio.get_running_loop(), app_protocol, listener.context, waiter=nobody, server_side=True, **timeouts)
         self._listener = listener
         self._socket: asyncio.Transport | None = None
+        self.heard = False
+        """Whether the peer has said anything."""
         self._address: Any = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -93,13 +111,17 @@ class TlsConnection(sslproto.SSLProtocol):
         self._address = transport.get_extra_info("peername")
         super().connection_made(transport)
 
+    def buffer_updated(self, nbytes: int) -> None:
+        self.heard = True
+        super().buffer_updated(nbytes)
+
     def abort(self) -> None:
         """Close without a word."""
         if self._socket is not None:
             self._socket.abort()
 
     def _on_handshake_complete(self, handshake_exc: BaseException | None) -> None:
-        self._listener.pending.discard(self)
+        self._listener.pending.pop(self, None)
         if handshake_exc is None:
             self._listener.live.add(self)
         else:
@@ -115,7 +137,7 @@ class TlsConnection(sslproto.SSLProtocol):
         super()._check_handshake_timeout()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._listener.pending.discard(self)
+        self._listener.pending.pop(self, None)
         self._listener.live.discard(self)
         super().connection_lost(exc)
 

@@ -40,7 +40,7 @@ STATUS_OF: Mapping[type[errors.JobRunnerError], Row] = {
     errors.StartFailed: Row(Status.FAILED_PRECONDITION, ("command", "step", "errno", "detail")),
     errors.StopFailed: Row(Status.FAILED_PRECONDITION, ("job_id",)),
     errors.HostError: Row(Status.FAILED_PRECONDITION),
-    errors.LimitReached: Row(Status.RESOURCE_EXHAUSTED, ("bound",)),
+    errors.LimitReached: Row(Status.RESOURCE_EXHAUSTED, ("bound", "retry_after")),
     errors.Unavailable: Row(Status.UNAVAILABLE),
     errors.Timeout: Row(Status.DEADLINE_EXCEEDED),
     errors.Unsupported: Row(Status.UNIMPLEMENTED),
@@ -48,7 +48,7 @@ STATUS_OF: Mapping[type[errors.JobRunnerError], Row] = {
 }
 
 CLASSES: Mapping[str, type[errors.JobRunnerError]] = {cls.__name__: cls for cls in STATUS_OF}
-DEFAULTS: Mapping[str, Any] = {"offset": 0, "end": 0, "errno": 0}
+DEFAULTS: Mapping[str, Any] = {"offset": 0, "end": 0, "errno": 0, "retry_after": 0.0}
 """Of fields that are numbers; all others are texts, "" if they did not come."""
 
 CLASS_OF: Mapping[Status, type[errors.JobRunnerError]] = {

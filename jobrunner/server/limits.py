@@ -1,0 +1,129 @@
+"""What one user may take of the server: rates, as token buckets, and numbers of things held at once.
+
+A bucket holds BURST seconds' worth: a script that makes many calls at once is not slowed down, a loop without a pause is.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from jobrunner.errors import LimitReached
+
+__all__ = ["Bucket", "Counted", "Rate"]
+
+logger = logging.getLogger(__name__)
+
+BURST = 10.0
+A_FEW = 20.0
+MAX_IDLE = 1024
+"""Buckets that are kept although they are full again."""
+
+
+class Bucket:
+    """Tokens of one user. What was refused is counted too, and fades at the same rate: it tells who does not listen."""
+
+    def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.per_second = per_second
+        self.size = max(1.0, per_second * BURST)
+        self._most_refused = max(self.size, A_FEW)
+        self._clock = clock
+        self._tokens = self.size
+        self._refused = 0.0
+        self._at = clock()
+
+    def __repr__(self) -> str:
+        return f"<Bucket {self._tokens:g} of {self.size:g}, {self._refused:g} refused>"
+
+    @property
+    def full(self) -> bool:
+        self._fill()
+        return self._tokens >= self.size and not self._refused
+
+    @property
+    def overdrawn(self) -> bool:
+        """Whether as much was refused lately as it holds, and more than a few."""
+        return self._refused >= self._most_refused
+
+    def take(self, tokens: int = 1) -> float:
+        """0.0 if they were there; otherwise none is taken, and these are the seconds after which to ask again.
+
+        Those who are refused together are told different times, one token apart.
+        """
+        self._fill()
+        if tokens <= self._tokens:
+            self._tokens -= tokens
+            return 0.0
+        wait = (tokens - self._tokens + self._refused) / self.per_second
+        self._refused = min(self._refused + tokens, self._most_refused)
+        return wait
+
+    def _fill(self) -> None:
+        now = self._clock()
+        gained = (now - self._at) * self.per_second
+        self._tokens = min(self.size, self._tokens + gained)
+        self._refused = max(0.0, self._refused - gained)
+        self._at = now
+
+
+class Rate:
+    """How many of something each user may do in a second."""
+
+    def __init__(self, bound: str, per_second: float, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """`bound` is its name in the configuration; `what` is done: `calls`, `starts`."""
+        self.bound = bound
+        self.per_second = per_second
+        self._what = what
+        self._clock = clock
+        self._buckets: dict[str, Bucket] = {}
+        self._told: dict[str, float] = {}
+
+    def of(self, user: str) -> Bucket:
+        """The bucket of this user. Those that are full again are as good as new, and forgotten."""
+        bucket = self._buckets.get(user)
+        if bucket is None:
+            if len(self._buckets) >= MAX_IDLE:
+                self._buckets = {name: known for name, known in self._buckets.items() if not known.full}
+                self._told = {name: at for name, at in self._told.items() if name in self._buckets}
+            bucket = self._buckets[user] = Bucket(self.per_second, self._clock)
+        return bucket
+
+    def charge(self, user: str, verb: str) -> None:
+        """One more. Raises LimitReached with the time after which it may be tried again."""
+        bucket = self.of(user)
+        wait = bucket.take()
+        if not wait:
+            return
+        if self._clock() - self._told.get(user, float("-inf")) > BURST:  # once, not for each call of a flood
+            self._told[user] = self._clock()
+            logger.warning("user %r makes more than %g %s a second (%s)", user, self.per_second, self._what, self.bound)
+        reason = f'user "{user}" makes more than {self.per_second:g} {self._what} a second; try again in {wait:.2g} s'
+        raise LimitReached(verb, self.bound, reason, retry_after=wait)
+
+
+class Counted:
+    """How many of something there may be at once for each key."""
+
+    def __init__(self, bound: str, most: int) -> None:
+        self.bound = bound
+        self.most = most
+        self._held: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return self._held.total()
+
+    @contextmanager
+    def one_more(self, key: str, verb: str, reason: str) -> Iterator[None]:
+        """Hold one while inside. Raises LimitReached: `cannot VERB: REASON (bound)`."""
+        if self._held[key] >= self.most:
+            raise LimitReached(verb, self.bound, reason)
+        self._held[key] += 1
+        try:
+            yield
+        finally:
+            self._held[key] -= 1
+            if not self._held[key]:
+                del self._held[key]

@@ -1,0 +1,232 @@
+"""Every bound is told by its name, with the status RESOURCE_EXHAUSTED, and the SDK does what can be done about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import anyio
+import grpc
+import pytest
+from h2.errors import ErrorCodes
+from h2.events import ConnectionTerminated, StreamReset
+
+from jobrunner.client import JobClient
+from jobrunner.errors import LimitReached
+from jobrunner.server.limits import Bucket, Counted, Rate
+from tests.support.http2 import HEADERS, RawPeer, framed, raw_peer
+from tests.support.server import Running, eventually, failure, message, serving, start, subscribe, unary
+
+pytestmark = pytest.mark.requires("root")
+
+QUERY = "/jobrunner.v1.JobService/QueryStatus"
+HEALTH = "/grpc.health.v1.Health/Check"
+RESOURCE_EXHAUSTED, NOT_FOUND, OK = "8", "5", "0"
+EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def client(running: Running, user: str = "admin", timeout: float = 30.0) -> JobClient:
+    pair = running.pair(user, user)
+    return JobClient(running.address, ca=running.authority.pem, cert=pair.cert, key=pair.key, timeout=timeout)
+
+
+async def goaway(peer: RawPeer) -> tuple[int, bytes]:
+    """The code and the reason with which the server ends the connection."""
+    with anyio.fail_after(10):
+        while not peer.lost:
+            for event in await peer.receive():
+                if isinstance(event, ConnectionTerminated):
+                    return int(event.error_code or 0), event.additional_data or b""
+    pytest.fail("the connection was lost without GOAWAY")
+
+
+@pytest.mark.parametrize("path", [QUERY, "/JobService/QueryStatus", HEALTH])
+async def test_calls_that_come_too_fast_are_told_when_to_come_again(tmp_path: Path, path: str) -> None:
+    async with serving(tmp_path, max_calls_per_second=0.5) as running, raw_peer(running) as peer:
+        told = [await peer.status(await peer.request(path, framed(b""))) for _ in range(6)]
+        assert RESOURCE_EXHAUSTED not in [status for status, _ in told[:5]]
+        status, text = told[5]
+        assert status == RESOURCE_EXHAUSTED
+        assert text.startswith(
+            f'cannot call {path.rpartition("/")[2]}: user "admin" makes more than 0.5 calls a second; try again in'
+        )
+        assert text.endswith(" s (max_calls_per_second)")
+        async with raw_peer(running, "viewer") as other:  # another user's bucket is another one
+            assert (await other.status(await other.request(path, framed(b""))))[0] in (OK, NOT_FOUND)
+
+
+async def test_an_official_client_is_told_the_pause_by_the_trailer_it_knows(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_calls_per_second=0.1) as running, running.channel() as channel:
+        query = unary(channel, "QueryStatus", "JobInfo")
+        await failure(query(message("JobQueryRequest")))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await query(message("JobQueryRequest"))
+        pause = dict(caught.value.trailing_metadata() or ())["grpc-retry-pushback-ms"]
+        assert 0 < int(pause) <= 10_000
+
+
+async def test_who_does_not_listen_to_it_is_cut(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_calls_per_second=1) as running, raw_peer(running) as peer:
+        for _ in range(40):
+            peer.h2.send_headers(peer.h2.get_next_available_stream_id(), [(":path", QUERY), *HEADERS])
+        await peer.flush()
+        code, reason = await goaway(peer)
+        assert code == ErrorCodes.ENHANCE_YOUR_CALM
+        assert b"(max_calls_per_second)" in reason
+
+
+async def test_the_sdk_waits_as_told_and_the_call_succeeds(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_calls_per_second=5) as running, client(running) as own:
+        with anyio.fail_after(30):
+            for _ in range(60):
+                await own.server()
+
+
+async def test_the_sdk_gives_up_when_the_wait_is_longer_than_its_deadline(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_calls_per_second=0.1) as running, client(running, timeout=1) as own:
+        await own.server()
+        with anyio.fail_after(10), pytest.raises(LimitReached, match=r"\(max_calls_per_second\)") as caught:
+            await own.server()
+        assert caught.value.bound == "max_calls_per_second"
+        assert caught.value.retry_after > 1
+
+
+async def test_starts_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_starts_per_second=0.1) as running, running.channel() as channel:
+        await start(channel, "/bin/true")
+        code, text = await failure(unary(channel, "Start", "JobStartResponse")(message("JobStartRequest", command="/bin/true")))
+        assert (code, "(max_starts_per_second)" in text) == (EXHAUSTED, True)
+        assert len(await running.runner.list()) == 1
+
+
+async def test_one_user_may_run_so_many_jobs_and_the_others_are_not_counted(tmp_path: Path) -> None:
+    async with serving(tmp_path, runner={"max_running_per_user": 1}) as running, running.channel() as channel:
+        job_id = await start(channel, "/bin/sleep", "60")
+        code, text = await failure(unary(channel, "Start", "JobStartResponse")(message("JobStartRequest", command="/bin/true")))
+        assert code is EXHAUSTED
+        assert text == 'cannot start job: 1 jobs of user "admin" are running; stop one (max_running_per_user)'
+        async with running.channel(running.pair("other", "admin")) as other:
+            await start(other, "/bin/true")
+        await unary(channel, "Stop", "JobStopResponse")(message("JobStopRequest", job_id=job_id))
+        await start(channel, "/bin/true")
+
+
+async def test_a_log_has_so_many_followers_and_a_place_is_free_again(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_followers_per_job=2) as running, running.channel() as channel:
+        job_id = await start(channel, "/bin/sh", "-c", "echo hi; exec sleep 60")
+        followers = [subscribe(channel, job_id=job_id) for _ in range(2)]
+        for follower in followers:
+            assert (await follower.read()).stdout == b"hi\n"
+        code, text = await failure(_first(subscribe(channel, job_id=job_id)))
+        assert code is EXHAUSTED
+        assert text == f"cannot read log of job {job_id}: 2 clients are reading it (max_followers_per_job)"
+        followers[0].cancel()
+        await eventually(lambda: len(running.server._calls()) == 1)
+        assert (await _first(subscribe(channel, job_id=job_id))).stdout == b"hi\n"
+        followers[1].cancel()
+
+
+async def _first(call: Any) -> Any:
+    return await call.read()
+
+
+async def test_a_user_has_so_many_connections_and_is_told_in_goaway(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_connections_per_user=1) as running, raw_peer(running) as peer:
+        assert (await peer.status(await peer.request(QUERY, framed(b""))))[0] == NOT_FOUND
+        async with raw_peer(running) as second:
+            assert await goaway(second) == (
+                ErrorCodes.ENHANCE_YOUR_CALM,
+                b'cannot connect: user "admin" has 1 connections (max_connections_per_user)',
+            )
+        async with client(running) as own:
+            with anyio.fail_after(20), pytest.raises(LimitReached, match='user "admin" has 1 connections') as caught:
+                await own.list()
+            assert caught.value.bound == "max_connections_per_user"
+        async with raw_peer(running, "viewer") as other:
+            assert (await other.status(await other.request(QUERY, framed(b""))))[0] == NOT_FOUND
+
+
+async def test_headers_that_are_too_long_are_the_end_of_their_call(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_header_size=8192) as running, raw_peer(running) as peer:
+        stream = await peer.request(QUERY, framed(b""), headers=(("x-long", "a" * 9000),))
+        status, text = await peer.status(stream)
+        assert status == RESOURCE_EXHAUSTED
+        assert text.startswith("cannot read request: its headers of ")
+        assert text.endswith(" bytes are longer than 8192 (max_header_size)")
+        assert (await peer.status(await peer.request(QUERY, framed(b""))))[0] == NOT_FOUND
+
+
+async def test_headers_four_times_too_long_are_the_end_of_the_connection(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_header_size=4096) as running, raw_peer(running) as peer:
+        await peer.request(QUERY, framed(b""), headers=tuple((f"x-{number}", "a" * 4000) for number in range(5)))
+        assert (await goaway(peer))[0] == ErrorCodes.ENHANCE_YOUR_CALM
+
+
+async def test_calls_too_many_at_once_are_refused_one_by_one(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_streams_per_connection=2) as running, raw_peer(running) as peer:
+        await peer.receive()
+        peer.h2.remote_settings.max_concurrent_streams = 100  # a client that does not care
+        peer.h2.remote_settings.acknowledge()
+        streams = [await peer.request(QUERY, end=False) for _ in range(3)]
+        reset = None
+        with anyio.fail_after(10):
+            while reset is None:
+                reset = next((event for event in await peer.receive() if isinstance(event, StreamReset)), None)
+        assert (reset.stream_id, reset.error_code) == (streams[2], ErrorCodes.REFUSED_STREAM)
+        peer.h2.send_data(streams[0], framed(b""), end_stream=True)
+        await peer.flush()
+        assert (await peer.status(streams[0]))[0] == NOT_FOUND
+
+
+async def test_a_message_that_does_not_come_ends_its_call(tmp_path: Path) -> None:
+    async with serving(tmp_path, receive_timeout=0.2) as running, raw_peer(running) as peer:
+        stream = await peer.request(QUERY, framed(bytes(100))[:50], end=False)
+        assert await peer.status(stream) == (
+            RESOURCE_EXHAUSTED,
+            "cannot read request: its message is not there after 0.2 s (receive_timeout)",
+        )
+
+
+def test_a_bucket_gives_what_it_holds_and_then_its_rate() -> None:
+    now = 0.0
+    bucket = Bucket(2.0, lambda: now)
+    assert [bucket.take() for _ in range(20)] == [0.0] * 20
+    assert [bucket.take() for _ in range(3)] == [pytest.approx(wait) for wait in (0.5, 1.0, 1.5)]
+    now += 0.5
+    assert bucket.take() == 0.0  # who waited as told
+    assert not bucket.overdrawn
+
+
+def test_a_bucket_knows_who_does_not_listen_and_forgives() -> None:
+    now = 0.0
+    bucket = Bucket(2.0, lambda: now)
+    waits = [bucket.take() for _ in range(100)]
+    assert max(waits) == pytest.approx(10.5)
+    assert bucket.overdrawn is True
+    now += 10.0
+    assert [bucket.take() for _ in range(20)] == [0.0] * 20
+    assert bucket.overdrawn is False
+
+
+def test_buckets_that_are_full_again_are_forgotten() -> None:
+    now = 0.0
+    rate = Rate("max_calls_per_second", 1.0, "calls", lambda: now)
+    for number in range(5000):
+        now += 0.02
+        rate.charge(f"user {number}", "call X")
+    assert len(rate._buckets) <= 1025
+
+
+def test_what_is_counted_is_given_back_also_after_an_error() -> None:
+    counted = Counted("max_followers_per_job", 1)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="inside"), counted.one_more("a", "read", "full"):
+            raise ValueError("inside")
+    assert len(counted) == 0
+    with (
+        counted.one_more("a", "read", "full"),
+        counted.one_more("b", "read", "full"),
+        pytest.raises(LimitReached, match=r"cannot read: full \(max_followers_per_job\)"),
+        counted.one_more("a", "read", "full"),
+    ):
+        pass

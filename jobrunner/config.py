@@ -88,6 +88,10 @@ class ServerConfig:
     ca: Path
     cert: Path
     key: Path
+    crl: Path | None = None
+    """Revocation lists, PEM, one of each CA in `ca`; none for no check."""
+    key_passphrase_file: Path | None = None
+    """Its first line opens `key`."""
     listen: str = "127.0.0.1:7443"
     """HOST:PORT or [ADDRESS]:PORT; port 0 is any free one."""
     viewer_output: bool = True
@@ -238,6 +242,8 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "ca": _path,
     "cert": _path,
     "key": _path,
+    "crl": _path,
+    "key_passphrase_file": _path,
     "listen": _listen,
     "viewer_output": _flag,
     "max_message": _between(_size, 65536, 1 << 30),

@@ -16,21 +16,35 @@ __all__ = ["client_context", "server_context"]
 FilePath = Path | str
 
 
-def server_context(ca: FilePath, cert: FilePath, key: FilePath) -> ssl.SSLContext:
-    """For the server: a client without a certificate from `ca` is refused. Raises ConfigError: which file, and why."""
-    context = _context(ssl.PROTOCOL_TLS_SERVER, ca, cert, key)
+def server_context(
+    ca: FilePath, cert: FilePath, key: FilePath, *, crl: FilePath | None = None, passphrase_file: FilePath | None = None
+) -> ssl.SSLContext:
+    """For the server: a client without a certificate from `ca` is refused. Raises ConfigError: which file, and why.
+
+    With `crl`, so is one that is revoked, by the list of each CA of its chain. A missing or expired list refuses all.
+    """
+    context = _context(ssl.PROTOCOL_TLS_SERVER, ca, cert, key, passphrase_file)
     context.num_tickets = 0
+    if crl is not None:
+        _check_readable("revocation list", crl)
+        if b"-----BEGIN X509 CRL-----" not in Path(crl).read_bytes():
+            raise ConfigError(f"revocation list {crl}", "it holds none in PEM form")
+        try:
+            context.load_verify_locations(cafile=crl)
+        except ssl.SSLError as exc:
+            raise ConfigError(f"revocation list {crl}", exc.reason or str(exc)) from exc
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
     return context
 
 
-def client_context(ca: FilePath, cert: FilePath, key: FilePath) -> ssl.SSLContext:
+def client_context(ca: FilePath, cert: FilePath, key: FilePath, *, passphrase_file: FilePath | None = None) -> ssl.SSLContext:
     """For the client: the server's certificate must be from `ca` and name the host. Raises ConfigError: which file, and why."""
-    context = _context(ssl.PROTOCOL_TLS_CLIENT, ca, cert, key)
+    context = _context(ssl.PROTOCOL_TLS_CLIENT, ca, cert, key, passphrase_file)
     context.check_hostname = True
     return context
 
 
-def _context(protocol: int, ca: FilePath, cert: FilePath, key: FilePath) -> ssl.SSLContext:
+def _context(protocol: int, ca: FilePath, cert: FilePath, key: FilePath, passphrase_file: FilePath | None) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
@@ -43,12 +57,15 @@ def _context(protocol: int, ca: FilePath, cert: FilePath, key: FilePath) -> ssl.
         context.load_verify_locations(cafile=ca)
     except ssl.SSLError as exc:
         raise ConfigError(f"CA certificate {ca}", "it holds no certificate in PEM form") from exc
+    # Without a passphrase: OpenSSL would ask for one on the terminal.
+    password = _no_password if passphrase_file is None else _passphrase(passphrase_file)
     try:
-        # The password: OpenSSL would ask for one on the terminal.
-        context.load_cert_chain(cert, key, password=_no_password)
+        context.load_cert_chain(cert, key, password=password)
     except _Encrypted as exc:
-        raise ConfigError(f"key {key}", "it is encrypted") from exc
+        raise ConfigError(f"key {key}", "it is encrypted, and no passphrase file is given") from exc
     except ssl.SSLError as exc:
+        if passphrase_file is not None and b"ENCRYPTED" in Path(key).read_bytes() and exc.reason != "KEY_VALUES_MISMATCH":
+            raise ConfigError(f"key {key}", f"the passphrase in {passphrase_file} does not open it") from exc
         raise _explain(exc, cert, key) from exc
     return context
 
@@ -59,6 +76,14 @@ class _Encrypted(Exception):
 
 def _no_password() -> str:
     raise _Encrypted
+
+
+def _passphrase(file: FilePath) -> bytes:
+    _check_readable("passphrase file", file)
+    lines = Path(file).read_bytes().splitlines()
+    if not lines or not lines[0]:
+        raise ConfigError(f"passphrase file {file}", "its first line is empty")
+    return lines[0]
 
 
 def _check_readable(kind: str, path: FilePath) -> None:

@@ -38,7 +38,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite a key that is th
 @app.command(cls=PlainCommand)
 def init(
     directory: Dir = "certs",
-    name: Annotated[str, typer.Option(help="The CA's own name.")] = "jobrunner CA",
+    name: Annotated[str, typer.Option(help="The CA's own name.")] = "",
     days: Days = None,
     passphrase_file: Passphrase = "",
 ) -> int:

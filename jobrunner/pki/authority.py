@@ -8,6 +8,7 @@ client's cannot be a server's. Issuing, revoking and renewing also sign the revo
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,19 +83,21 @@ class Authority:
         cls,
         directory: Path,
         *,
-        name: str = "jobrunner CA",
+        name: str = "",
         days: int = CA_DAYS,
         passphrase: bytes | None = None,
         force: bool = False,
     ) -> Self:
-        """A new CA with an empty revocation list. CertificateError if one is there already, unless `force`."""
+        """A new CA with an empty revocation list; each has a name of its own, unless told otherwise, so that two can be trusted at
+        once. CertificateError if one is there already, unless `force`.
+        """
         store = Store(directory)
         with store.locked(make=True):
             for file in ("ca.key", "ca.pem"):
                 if store.path(file).exists() and not force:
                     raise CertificateError(f"write {store.path(file)}", "it is there already; another CA needs another --dir")
             key = ec.generate_private_key(ec.SECP256R1())
-            names = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+            names = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name or f"jobrunner CA {secrets.token_hex(4)}")])
             now = datetime.now(UTC)
             certificate = (
                 x509.CertificateBuilder(names, names, key.public_key(), x509.random_serial_number())

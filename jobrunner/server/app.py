@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any, cast
 
 import anyio
@@ -24,12 +24,13 @@ from grpclib.events import RecvRequest, listen
 from grpclib.server import Server
 
 from jobrunner.config import ServerConfig
-from jobrunner.errors import AccessError, HostError, LimitReached, Unavailable
+from jobrunner.errors import AccessError, HostError, LimitReached, Unauthenticated, Unavailable
 from jobrunner.server import auth
 from jobrunner.server.guard import grpc_error, guarded, refused
 from jobrunner.server.http2 import CONFIGURATION, Bounds, CallHandler, ServerPeer, ServerProtocol, ServerStream
 from jobrunner.server.limits import Rate
-from jobrunner.server.tcp import Listener, address_of
+from jobrunner.server.tcp import Listener, TlsConnection, address_of
+from jobrunner.server.trust import Trust
 from jobrunner.wire.codec import StrictCodec
 
 __all__ = ["JobServer"]
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT = 5.0
 SHUTDOWN_TIMEOUT = 2.0
+DISMISS_TIMEOUT = 0.5
+"""Seconds that the calls of a client which is not trusted any more have to be told so."""
 ENDLESS = frozenset({"SubscribeOutput", "Wait", "ServerReflectionInfo"})
 """Calls that only wait or stream: nothing is cut in half when they end at once. Health's Watch ends by itself."""
 HEALTH = "/grpc.health."
@@ -48,7 +51,7 @@ MIN_FRAMES, FRAMES_PER_CALL = 1000.0, 8
 class JobServer(Server):
     """Serves these handlers on one address. `serve` is the whole of its life."""
 
-    def __init__(self, handlers: Collection[Any], config: ServerConfig, context: ssl.SSLContext, draining: anyio.Event) -> None:
+    def __init__(self, handlers: Collection[Any], config: ServerConfig, trust: Trust, draining: anyio.Event) -> None:
         """`draining` is set by `shutdown`, and read by whoever tells the state of the server.
 
         Raises AssertionError if the handlers' RPCs are not those of the policy.
@@ -71,8 +74,10 @@ class JobServer(Server):
         self._start_rate = Rate("max_starts_per_second", config.max_starts_per_second, "starts")
         self._connections: set[ServerProtocol] = set()
         self._changed = asyncio.Event()
+        self._trust = trust
         self.listener = Listener(
-            context,
+            trust.context,
+            trust.admit,
             self._protocol_factory,
             max_connections=config.max_connections,
             max_pending=config.max_pending_handshakes,
@@ -99,6 +104,28 @@ class JobServer(Server):
             server.close()
             with anyio.CancelScope(shield=True):
                 await self.shutdown()
+
+    async def keep_trust(self) -> None:
+        """Until cancelled: read the certificate files again when they change, and end the connections that are not trusted now."""
+        await self._trust.keep(self._dismiss)
+
+    def _dismiss(self) -> None:
+        """Order: its calls are told why, which takes a moment, then the connection is closed."""
+        self.listener.context = self._trust.context
+        now = datetime.now(UTC)
+        loop = asyncio.get_running_loop()
+        for connection in self._connections:
+            tls: TlsConnection = connection.transport.get_extra_info("connection")
+            reason = self._trust.judge(tls.client, now)
+            if not reason or tls.dismissed:
+                continue
+            tls.dismissed, tls.refusal = True, reason
+            logger.warning("ending the connection of %s: %s", address_of(connection.transport.get_extra_info("peername")), reason)
+            for stream in connection.streams():
+                call = stream.method.rpartition("/")[2]
+                stream.end_call(Status.UNAUTHENTICATED, f"cannot call {call}: {reason}")
+            loop.call_later(DISMISS_TIMEOUT, connection.go_away)
+            loop.call_later(2 * DISMISS_TIMEOUT, tls.abort)
 
     async def finish_calls(self) -> None:
         """Give calls that are about to end, as those that follow jobs which have just ended, SHUTDOWN_TIMEOUT seconds to do so."""
@@ -130,6 +157,9 @@ class JobServer(Server):
         address = address_of(event.peer.addr())
         try:
             self._charge(cast("ServerPeer", event.peer).protocol, event.method_name)
+            refusal = event.peer._transport.get_extra_info("connection").refusal
+            if refusal:
+                raise Unauthenticated(f"cannot call {event.method_name.rpartition('/')[2]}: {refusal}")
             auth.authorize(event.method_name, event.peer.cert(), self._policy, address)
             if self.draining.is_set() and not event.method_name.startswith(HEALTH):
                 call = event.method_name.rpartition("/")[2]

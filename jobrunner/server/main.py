@@ -36,7 +36,7 @@ from jobrunner.server.health import HealthService
 from jobrunner.server.notify import ServiceManager
 from jobrunner.server.reflection import ReflectionService
 from jobrunner.server.service import JobService
-from jobrunner.tls import server_context
+from jobrunner.server.trust import Trust
 from jobrunner.wire import descriptors
 
 __all__ = ["RunningServer", "app", "main", "running_server"]
@@ -68,14 +68,17 @@ def serve(
     ca: Annotated[Path | None, typer.Option(help="The CA that clients' certificates are from, PEM.")] = None,
     cert: Annotated[Path | None, typer.Option(help="The server's certificate, PEM.")] = None,
     key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
+    key_passphrase_file: Annotated[Path | None, typer.Option(help="Its first line opens the key.")] = None,
+    crl: Annotated[Path | None, typer.Option(help="The CA's revocation list, PEM.")] = None,
 ) -> None:
     """Serve jobs over mutual TLS until SIGTERM or SIGINT. Jobs run on without the server, unless `on_shutdown` is `stop`.
 
-    A second signal leaves at once.
+    A second signal leaves at once. SIGHUP reads the certificates again; they are also read when they change.
 
     Each option is also a variable, JOBRUNNERD_LISTEN for instance, and a key of the settings file.
     """
     overrides = {"listen": listen, "state_dir": state_dir, "ca": ca, "cert": cert, "key": key}
+    overrides |= {"key_passphrase_file": key_passphrase_file, "crl": crl}
     with _told():
         _run(load(config, os.environ, overrides), ready=_tell_address)
 
@@ -158,6 +161,7 @@ class RunningServer(NamedTuple):
     address: str
     server: JobServer
     runner: JobRunner
+    trust: Trust
 
 
 @asynccontextmanager
@@ -166,14 +170,18 @@ async def running_server(config: ServerConfig) -> AsyncIterator[RunningServer]:
 
     Raises ConfigError for certificates, HostError for the host, the state directory and the address.
     """
-    context = server_context(config.ca, config.cert, config.key)
+    trust = Trust(config)
     async with JobRunner.open(config.runner, wait=False) as runner:
         draining = anyio.Event()
         jobs = JobService(runner, draining, config.max_followers_per_job)
         handlers = [jobs, HealthService(draining), ReflectionService(descriptors.load())]
-        server = JobServer(handlers, config, context, draining)
+        server = JobServer(handlers, config, trust, draining)
         async with server.serve() as address:
-            yield RunningServer(address, server, runner)
+            keeper = asyncio.get_running_loop().create_task(server.keep_trust())
+            try:
+                yield RunningServer(address, server, runner, trust)
+            finally:
+                keeper.cancel()
 
 
 def _run(config: ServerConfig, ready: Callable[[str], None]) -> None:
@@ -203,6 +211,7 @@ async def _serve(config: ServerConfig, ready: Callable[[str], None]) -> None:
     async with running_server(config) as running, contextlib.AsyncExitStack() as stack:
         stack.callback(control.Control(config.runner.state_dir, asked.set).close)
         draining = loop.create_task(_drain(running.runner, asked, stop))
+        loop.add_signal_handler(signal.SIGHUP, running.trust.ask)
         ready(running.address)
         manager.ready(f"listening on {running.address}")
         alive = loop.create_task(manager.keep_alive())

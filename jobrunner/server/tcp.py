@@ -14,7 +14,7 @@ from asyncio import sslproto
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Listener", "Refused", "TlsConnection"]
+__all__ = ["Listener", "Refused", "TlsConnection", "verified_chain"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ class Listener:
     def __init__(
         self,
         context: ssl.SSLContext,
+        admit: Callable[[list[bytes]], tuple[Any, str]],
         app_protocol: Callable[[], asyncio.Protocol],
         *,
         max_connections: int,
@@ -32,8 +33,12 @@ class Listener:
         handshake_timeout: float,
         shutdown_timeout: float,
     ) -> None:
-        """`app_protocol` makes what speaks on a connection whose peer has been authenticated. Times are seconds."""
+        """`admit` is given a client's verified certificates, its own first, DER: who it is, and why it may not be served, or "".
+
+        `app_protocol` makes what speaks on a connection whose peer has been authenticated. Times are seconds.
+        """
         self.context = context
+        self.admit = admit
         self.handshake_timeout = handshake_timeout
         self.shutdown_timeout = shutdown_timeout
         self.pending: dict[TlsConnection, None] = {}
@@ -103,6 +108,11 @@ class TlsConnection(sslproto.SSLProtocol):
         self._socket: asyncio.Transport | None = None
         self.heard = False
         """Whether the peer has said anything."""
+        self.client: Any = None
+        """Who it is, once it is known."""
+        self.dismissed = False
+        self.refusal = ""
+        """Why this client may not be served any more, once that is so."""
         self._address: Any = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -124,6 +134,9 @@ class TlsConnection(sslproto.SSLProtocol):
         self._listener.pending.pop(self, None)
         if handshake_exc is None:
             self._listener.live.add(self)
+            connection = getattr(self, "_sslobj")  # noqa: B009 - typeshed does not know it
+            self.client, self.refusal = self._listener.admit(verified_chain(connection))
+            self._extra["connection"] = self
         else:
             logger.warning("TLS handshake with %s failed: %s", address_of(self._address), reason_of(handshake_exc))
             flush: Callable[[], None] = getattr(self, "_process_outgoing")  # noqa: B009 - typeshed does not know it
@@ -142,12 +155,22 @@ class TlsConnection(sslproto.SSLProtocol):
         super().connection_lost(exc)
 
 
+def verified_chain(connection: Any) -> list[bytes]:
+    """The peer's certificates, leaf first, up to the CA that it was accepted by, DER; public in Python from 3.13 on."""
+    if hasattr(connection, "get_verified_chain"):
+        return list(connection.get_verified_chain())
+    der = 2  # _ssl.ENCODING_DER
+    return [each.public_bytes(der) for each in connection._sslobj.get_verified_chain()]
+
+
 def reason_of(exc: BaseException) -> str:
     """OpenSSL's words for why it refused a peer."""
     if isinstance(exc, ssl.SSLCertVerificationError):
         return exc.verify_message
     if isinstance(exc, ssl.SSLError) and exc.reason:
         return exc.reason.replace("_", " ").lower()
+    if isinstance(exc, ConnectionError):
+        return "the client closed the connection: it may not accept the server's certificate"
     return str(exc)
 
 

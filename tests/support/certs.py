@@ -79,6 +79,7 @@ class CertificateAuthority:
         pair = Pair(self.directory / f"{name}.pem", self.directory / f"{name}.key")
         pair.cert.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         pem = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        pair.key.touch(mode=0o600)
         pair.key.write_bytes(key.private_bytes(*pem))
         return pair
 

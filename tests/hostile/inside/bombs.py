@@ -12,6 +12,8 @@ import time
 from tests.hostile.inside.base import LIBC, Contained, attack, check
 
 PIECE = 1 << 20
+HELD: list[mmap.mmap] = []
+"""Not given back before the process ends."""
 
 
 @attack
@@ -37,12 +39,11 @@ def forks(count: str) -> str:
 @attack
 def memory(mib: str) -> str:
     """Anonymous pages, each written to."""
-    held = []
     for _ in range(int(mib)):
         piece = mmap.mmap(-1, PIECE)
         piece.write(b"\1" * PIECE)
-        held.append(piece)
-    return f"{len(held)} MiB"
+        HELD.append(piece)
+    return f"{len(HELD)} MiB"
 
 
 @attack

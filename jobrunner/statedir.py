@@ -13,7 +13,6 @@ import errno
 import fcntl
 import logging
 import os
-import shutil
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from jobrunner.errors import HostError
 from jobrunner.job import is_job_id
+from jobrunner.linux.tree import remove_tree
 from jobrunner.record import JobRecord, RecordError, pack_record, parse_record
 from jobrunner.shim.exitrecord import ExitRecord, is_newer, parse_exit
 from jobrunner.shim.stopfile import StopRequest, pack_stop, parse_stop
@@ -243,7 +243,7 @@ def _read_file(path: Path) -> bytes:
 
 def _remove_tree(path: Path) -> None:
     with contextlib.suppress(OSError):
-        shutil.rmtree(path)
+        remove_tree(path)
     with contextlib.suppress(OSError):
         path.unlink()
 

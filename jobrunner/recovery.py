@@ -173,7 +173,7 @@ async def _take(runner: JobRunner, job_id: str) -> bool:
     """False if there is no such job, and nothing may run of it."""
     state = runner.state
     try:
-        record, claimed, exit_record = await anyio.to_thread.run_sync(_read_unsettled, runner, job_id)
+        record, never, exit_record = await anyio.to_thread.run_sync(_read_unsettled, runner, job_id)
     except FileNotFoundError:  # a crash while it was made
         await _remove(runner, runner.cgroups.reopen(job_id, {}), job_id)
         return False
@@ -183,7 +183,7 @@ async def _take(runner: JobRunner, job_id: str) -> bool:
         logger.error("cannot read job %s: %s; left alone", job_id, exc)
         return True
     cgroup = runner.cgroups.reopen(job_id, record.cgroup)
-    if claimed:
+    if never:
         await _remove(runner, cgroup, job_id)
         return False
     stop = state.read_stop(job_id)
@@ -193,8 +193,16 @@ async def _take(runner: JobRunner, job_id: str) -> bool:
 
 
 def _read_unsettled(runner: JobRunner, job_id: str) -> tuple[JobRecord, bool, ExitRecord | None]:
+    """Its record, whether it never ran and never will, and its exit record."""
     record = runner.state.load(job_id)
-    return record, runner.state.claim(job_id), runner.state.exit_record(job_id)
+    if runner.state.claim(job_id):
+        return record, True, None
+    # Order: first whether a shim lives; one that does not writes nothing more.
+    alive = runner.state.shim_lives(job_id)
+    exit_record = runner.state.exit_record(job_id)
+    failed = exit_record is not None and exit_record.state is State.FAILED
+    never = failed or not os.path.lexists(runner.state.directory(job_id) / "exit")
+    return record, never and not alive, exit_record
 
 
 def _give_up(runner: JobRunner, job_id: str, why: RecordError) -> bool:

@@ -21,6 +21,7 @@ from tests.bench.logwrite import log_writing
 from tests.bench.machine import describe
 from tests.bench.memory import memory
 from tests.bench.report import Part, Sizes, show
+from tests.bench.restart import restart
 from tests.bench.server import serving
 from tests.bench.starts import latency, rates
 
@@ -34,6 +35,8 @@ SMOKE = Sizes(
     flood_bytes=8 << 20,
     single_bytes=10_000,
     floods=1,
+    kept=50,
+    restarted=4,
 )
 
 
@@ -46,6 +49,7 @@ async def _parts(runner: JobRunner, scratch: Path, sizes: Sizes) -> AsyncIterato
         yield await rates(runner, client, sizes)
         yield await fanout(server, client, sizes)
     yield await log_writing(runner, scratch, sizes)
+    yield await restart(scratch, sizes)
 
 
 async def _main(out: Path, sizes: Sizes) -> None:

@@ -40,6 +40,10 @@ class Sizes:
     single_bytes: int = 1_000_000
     floods: int = 3
     """Rounds of each flood."""
+    kept: int = 20_000
+    """Ended jobs that a server is started over."""
+    restarted: int = 200
+    """Running ones."""
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

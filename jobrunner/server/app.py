@@ -57,6 +57,7 @@ class JobServer(Server):
         Raises AssertionError if the handlers' RPCs are not those of the policy.
         """
         super().__init__(handlers, codec=StrictCodec(), config=CONFIGURATION)
+        self._h2_config.header_encoding = None  # `frames` looks at them first, and makes texts of them
         auth.check_complete(self._mapping)
         self.draining = draining
         self._policy = auth.policy(config.viewer_output)

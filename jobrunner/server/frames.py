@@ -7,16 +7,19 @@ these are small. What may be told call by call (too many streams, headers too lo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.exceptions import ProtocolError
+from h2.exceptions import DenialOfServiceError, FrameTooLargeError, ProtocolError
 from h2.settings import SettingCodes, Settings
-from hyperframe.frame import Frame, RstStreamFrame, SettingsFrame, WindowUpdateFrame
+from h2.utilities import HeaderValidationFlags, validate_headers
+from hpack.exceptions import HPACKError
+from hyperframe.frame import Frame, HeadersFrame, RstStreamFrame, SettingsFrame, WindowUpdateFrame
 
-__all__ = ["PREFACE", "FrameMeter", "Http2", "TooMuch"]
+__all__ = ["FrameMeter", "Http2", "TooMuch", "checked_headers"]
 
 PREFACE = 24
 """Bytes of the client's connection preface (RFC 9113 section 3.4)."""
@@ -25,6 +28,19 @@ CRUMB = 256
 HEADER_TABLE = 4096
 """Bytes of headers that are remembered to be sent shorter, whatever more a peer allows (RFC 7541 section 4.2)."""
 LAST_SETTING = max(SettingCodes)
+SETTINGS, ACK = 4, 1
+
+
+def checked_headers(headers: Iterable[Any], *, trailers: bool = False) -> list[tuple[str, str]]:
+    """What h2 has decoded, as text. Raises ProtocolError where RFC 9113 calls a request malformed (sections 8.2 and 8.3).
+
+    That is an error of the stream; h2, asked to look at it itself, would end the connection.
+    """
+    flags = HeaderValidationFlags(is_client=False, is_trailer=trailers, is_response_header=False, is_push_promise=False)
+    try:
+        return [(name.decode("ascii"), value.decode("ascii")) for name, value in validate_headers(headers, flags)]
+    except UnicodeDecodeError as exc:
+        raise ProtocolError("a header is not ASCII") from exc
 
 
 class TooMuch(ProtocolError):
@@ -43,15 +59,15 @@ class FrameMeter:
         self._payload = PREFACE
 
     def count(self, data: bytes) -> int:
-        """How many begin in this piece of what the peer sends. Raises TooMuch for one longer than agreed, before it is there."""
+        """How many begin in this piece of what the peer sends. Raises ProtocolError for one too long, before it is there."""
         data = self._head + data if self._head else data
         at, found = self._payload, 0
         while at + 9 <= len(data):
             length = int.from_bytes(data[at : at + 3], "big")
             if length > self._max_frame:
-                error = TooMuch(f"a frame of {length} bytes is longer than {self._max_frame} (SETTINGS_MAX_FRAME_SIZE)")
-                error.error_code = ErrorCodes.FRAME_SIZE_ERROR
-                raise error
+                raise FrameTooLargeError(f"a frame of {length} bytes is longer than {self._max_frame} (SETTINGS_MAX_FRAME_SIZE)")
+            if data[at + 3] == SETTINGS and data[at + 4] & ACK and length:
+                raise FrameTooLargeError("an acknowledgement of SETTINGS has a payload")  # h2 would say PROTOCOL_ERROR
             found += data[at + 3] != 0 or length < CRUMB
             at += 9 + length
         self._head, self._payload = (data[at:], 0) if at < len(data) else (b"", at - len(data))
@@ -98,6 +114,14 @@ class Http2(H2Connection):
         elif isinstance(frame, RstStreamFrame | WindowUpdateFrame) and self._is_idle(frame.stream_id):
             raise ProtocolError(f"stream {frame.stream_id} is idle")  # sections 5.1 and 6.4; h2 ignores a reset
         return super()._receive_frame(frame)
+
+    def _receive_headers_frame(self, frame: HeadersFrame) -> Any:
+        try:
+            return super()._receive_headers_frame(frame)
+        except ProtocolError as exc:
+            if isinstance(exc.__cause__, HPACKError) and not isinstance(exc, DenialOfServiceError):
+                exc.error_code = ErrorCodes.COMPRESSION_ERROR  # section 4.3
+            raise
 
     def _terminate_connection(self, error_code: ErrorCodes) -> None:
         """`receive_data` raises; whoever catches it sends GOAWAY, with the reason."""

@@ -30,11 +30,11 @@ from grpclib.metadata import encode_bin_value, encode_grpc_message
 from grpclib.protocol import Connection, EventsProcessor, H2Protocol, Peer, Stream
 from h2.config import H2Configuration
 from h2.errors import ErrorCodes
-from h2.events import RequestReceived, UnknownFrameReceived
+from h2.events import RequestReceived, TrailersReceived, UnknownFrameReceived
 from h2.exceptions import ProtocolError
 
 from jobrunner.errors import InvalidRequest, JobRunnerError, LimitReached
-from jobrunner.server.frames import FrameMeter, Http2, TooMuch
+from jobrunner.server.frames import FrameMeter, Http2, TooMuch, checked_headers
 from jobrunner.server.limits import Bucket, Rate
 from jobrunner.server.tcp import address_of
 from jobrunner.wire.status import error_to_wire
@@ -285,6 +285,7 @@ class ServerProtocol(H2Protocol):
         processors: dict[type, Any] = self.processor.processors
         processors[UnknownFrameReceived] = lambda event: None
         processors[RequestReceived] = self._request_received
+        processors[TrailersReceived] = self._trailers_received
         self.user = _user_of(transport)
         self.frames = self._rate.of(self.user)
         tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
@@ -358,12 +359,17 @@ class ServerProtocol(H2Protocol):
             self._cut("it resets calls faster than they can be ended")
             return
         assert event.stream_id is not None
+        try:
+            headers = checked_headers(event.headers or ())
+        except ProtocolError as exc:
+            self._malformed(event.stream_id, exc)
+            return
         known = self.http2.streams
         if sum(number in known and not known[number].closed for number in self.processor.streams) >= self._bounds.max_streams:
             self.http2.reset_stream(event.stream_id, ErrorCodes.REFUSED_STREAM)
             return
         stream = ServerStream(self.connection, event.stream_id, self._bounds)
-        size = sum(len(name) + len(value) + 32 for name, value in event.headers or ())
+        size = sum(len(name) + len(value) + 32 for name, value in headers)
         if size > self._bounds.max_header_size:
             reason = f"its headers of {size} bytes are longer than {self._bounds.max_header_size}"
             stream.refusal = LimitReached("read request", "max_header_size", reason)
@@ -374,7 +380,23 @@ class ServerProtocol(H2Protocol):
                 release_stream()
             self._changed.set()
 
-        self.handler.accept(stream, event.headers, release)
+        self.handler.accept(stream, headers, release)
+
+    def _trailers_received(self, event: TrailersReceived) -> None:
+        """Of a request they say nothing that matters here, but may be malformed."""
+        assert event.stream_id is not None
+        try:
+            checked_headers(event.headers or (), trailers=True)
+        except ProtocolError as exc:
+            self._malformed(event.stream_id, exc)
+
+    def _malformed(self, stream_id: int, exc: ProtocolError) -> None:
+        logger.info("a call of %s, %r, is malformed: %s", self._address(), self.user, exc)
+        if stream_id in self.http2.streams:
+            self.http2.reset_stream(stream_id, ErrorCodes.PROTOCOL_ERROR)
+        stream = self.processor.streams.get(stream_id)
+        if stream is not None:
+            stream.__terminated__("malformed trailers")
 
     def _cut(self, reason: str) -> None:
         """Without a word to who would not read it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import signal
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,7 +197,8 @@ async def test_a_start_whose_answer_is_lost_happens_once(server: ServerProcess) 
             assert [info.job_id for info in await client.list(labels=label)] == job == [info.job_id for info in jobs]
 
 
-async def test_a_server_that_restarts_under_readers_and_waits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+async def test_a_server_that_restarts_under_readers_and_waits(tmp_path: Path, how: signal.Signals) -> None:
     heard = Heard()
     with anyio.fail_after(55):
         async with private(tmp_path) as first, cut_client(first, tell=heard) as (client, proxy):
@@ -213,7 +215,7 @@ async def test_a_server_that_restarts_under_readers_and_waits(tmp_path: Path) ->
                 tasks.start_soon(follow)
                 tasks.start_soon(wait)
                 await anyio.sleep(0.5)  # somewhere in the middle
-                await anyio.to_thread.run_sync(first.end)
+                await anyio.to_thread.run_sync(first.end, how)
                 second = await anyio.to_thread.run_sync(ServerProcess, tmp_path)
                 proxy.target = second.address
         await anyio.to_thread.run_sync(second.end)

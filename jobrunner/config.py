@@ -92,6 +92,8 @@ class ServerConfig:
     """Revocation lists, PEM, one of each CA in `ca`; none for no check."""
     key_passphrase_file: Path | None = None
     """Its first line opens `key`."""
+    audit_log: Path | None = None
+    """JSON lines, who did what; none for no such file."""
     listen: str = "127.0.0.1:7443"
     """HOST:PORT or [ADDRESS]:PORT; port 0 is any free one."""
     viewer_output: bool = True
@@ -243,6 +245,7 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "cert": _path,
     "key": _path,
     "crl": _path,
+    "audit_log": _path,
     "key_passphrase_file": _path,
     "listen": _listen,
     "viewer_output": _flag,

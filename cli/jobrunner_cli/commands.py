@@ -48,9 +48,12 @@ def options(
     ca: Annotated[str, typer.Option(envvar="JOBRUNNER_CA", metavar="FILE", help="The CA of the server's certificate.")] = "",
     cert: Annotated[str, typer.Option(envvar="JOBRUNNER_CERT", metavar="FILE", help="Your certificate.")] = "",
     key: Annotated[str, typer.Option(envvar="JOBRUNNER_KEY", metavar="FILE", help="Your certificate's key.")] = "",
+    key_passphrase_file: Annotated[
+        str, typer.Option(envvar="JOBRUNNER_KEY_PASSPHRASE_FILE", metavar="FILE", help="Its first line opens the key.")
+    ] = "",
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    ctx.obj = Settings(address, ca, cert, key)
+    ctx.obj = Settings(address, ca, cert, key, key_passphrase_file)
 
 
 def start_or_run(
@@ -58,6 +61,7 @@ def start_or_run(
     command: submit.Command,
     name: submit.Name = "",
     env: submit.Env = [],  # noqa: B006 - typer's way to say that it may be given many times
+    env_file: submit.EnvFile = [],  # noqa: B006
     cwd: submit.Cwd = "",
     network: submit.Network = "none",
     cpus: submit.Cpus = None,
@@ -95,6 +99,7 @@ def start_or_run(
     spec = submit.spec(
         command,
         env,
+        env_file,
         label,
         grace,
         limits,

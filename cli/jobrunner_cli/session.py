@@ -28,6 +28,7 @@ class Settings:
     ca: str = ""
     cert: str = ""
     key: str = ""
+    key_passphrase_file: str = ""
 
     def client(self) -> JobClient:
         """ConfigError names what is missing."""
@@ -36,7 +37,9 @@ class Settings:
         for name in ("address", "ca", "cert", "key"):
             if not getattr(self, name):
                 raise ConfigError(f"--{name} or JOBRUNNER_{name.upper()}", "neither is set")
-        return JobClient(self.address, ca=self.ca, cert=self.cert, key=self.key, tell=_tell)
+        return JobClient(
+            self.address, ca=self.ca, cert=self.cert, key=self.key, key_passphrase_file=self.key_passphrase_file or None, tell=_tell
+        )
 
 
 def connected(settings: Settings, work: Callable[[JobClient], Awaitable[T]]) -> T:

@@ -7,11 +7,12 @@ import re
 import time
 from datetime import datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from jobrunner.errors import InvalidRequest
+from jobrunner.errors import ConfigError, InvalidRequest
 from jobrunner.job import JobSpec, Limits
 from jobrunner.job import OutputPolicy as Policy
 from jobrunner.units import parse_duration, parse_size
@@ -24,6 +25,7 @@ __all__ = [
     "Cpus",
     "Cwd",
     "Env",
+    "EnvFile",
     "Grace",
     "IdleTimeout",
     "Label",
@@ -59,6 +61,7 @@ Text = str | None
 Command = Annotated[list[str], typer.Argument(metavar="COMMAND [ARG]...", help="The command and its arguments.")]
 Name = Annotated[str, typer.Option("--name", "-n", help="A name for people; also the job's host name.")]
 Env = Annotated[list[str], typer.Option("--env", "-e", metavar="NAME=VALUE", help="A variable of the job; repeatable.")]
+EnvFile = Annotated[list[str], typer.Option("--env-file", metavar="FILE", help="Variables, NAME=VALUE in each line; repeatable.")]
 Cwd = Annotated[str, typer.Option(help="Working directory, absolute.")]
 Network = Annotated[str, typer.Option(metavar="none|host", help="The host's network, if the server allows it.")]
 Cpus = Annotated[Text, typer.Option(metavar="NUMBER", help="CPU time per wall time; 1.5 is one and a half processors.")]
@@ -81,14 +84,21 @@ RequestId = Annotated[str, typer.Option(metavar="ID", help="Starting again with 
 
 
 def spec(
-    command: list[str], env: Iterable[str], label: Iterable[str], grace: Text, limits: Limits, name: str, **fields: Any
+    command: list[str],
+    env: Iterable[str],
+    env_file: Iterable[str],
+    label: Iterable[str],
+    grace: Text,
+    limits: Limits,
+    name: str,
+    **fields: Any,
 ) -> JobSpec:
     """The request; InvalidRequest names the field whose value no job can have."""
     return JobSpec(
         command[0],
         tuple(command[1:]),
         name=name,
-        env=pairs("env", env),
+        env=file_pairs(env_file) | pairs("env", env),
         labels=pairs("labels", label),
         grace=duration("grace", grace),
         limits=limits,
@@ -115,6 +125,26 @@ def pairs(field: str, texts: Iterable[str], verb: str = "start job") -> dict[str
             raise InvalidRequest(field, f"{text!r} is not NAME=VALUE", verb)
         values[name] = value
     return values
+
+
+def file_pairs(files: Iterable[str]) -> dict[str, str]:
+    """The variables of files that are read here: what is in no command line is seen by nobody else on this host.
+
+    NAME=VALUE, the value as it stands to the end of the line; empty lines and those that begin with # are left out.
+    """
+    lines: list[str] = []
+    for file in files:
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigError(f"environment file {file}", getattr(exc, "strerror", None) or "it is not UTF-8") from exc
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip() and not line.startswith("#"):
+                if not line.partition("=")[0].strip() or "=" not in line:
+                    # Not the line itself: it may be a secret that was written in the wrong way.
+                    raise ConfigError(f"environment file {file}", f"line {number} is not NAME=VALUE")
+                lines.append(line)
+    return pairs("env", lines)
 
 
 def words(field: str, kind: type[E], texts: Iterable[str], verb: str) -> list[E]:

@@ -78,6 +78,7 @@ class JobClient:
         ca: str | os.PathLike[str],
         cert: str | os.PathLike[str],
         key: str | os.PathLike[str],
+        key_passphrase_file: str | os.PathLike[str] | None = None,
         timeout: float = 30.0,
         resume_timeout: float = 60.0,
         tell: Callable[[JobRunnerError | None], None] | None = None,
@@ -87,24 +88,26 @@ class JobClient:
         self._connection = Connection(resume_timeout, tell)
         self._host, self._port = _split(address)
         self._files = (Path(ca), Path(cert), Path(key))
+        self._passphrase_file = Path(key_passphrase_file) if key_passphrase_file is not None else None
         self._open: ClientChannel | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, *, timeout: float = 30.0) -> JobClient:
-        """From JOBRUNNER_ADDRESS, _CA, _CERT and _KEY. ConfigError names the one that is not set."""
+        """From JOBRUNNER_ADDRESS, _CA, _CERT and _KEY; ConfigError names the one that is not set. _KEY_PASSPHRASE_FILE may be."""
         environ = os.environ if environ is None else environ
         for name in VARIABLES:
             if not environ.get(name):
                 raise ConfigError(name, "it is not set")
         address, ca, cert, key = (environ[name] for name in VARIABLES)
-        return cls(address, ca=ca, cert=cert, key=key, timeout=timeout)
+        passphrase_file = environ.get("JOBRUNNER_KEY_PASSPHRASE_FILE") or None
+        return cls(address, ca=ca, cert=cert, key=key, key_passphrase_file=passphrase_file, timeout=timeout)
 
     def __repr__(self) -> str:
         return f"<JobClient {self.address} {'open' if self._open else 'closed'}>"
 
     async def __aenter__(self) -> Self:
         """Reads the certificates; connects on the first call. ConfigError says which file cannot be read, and why."""
-        context = client_context(*self._files)
+        context = client_context(*self._files, passphrase_file=self._passphrase_file)
         self._open = ClientChannel(self._host, self._port, context, StrictCodec(), self._connection.back)
         return self
 

@@ -26,6 +26,8 @@ from grpclib.server import Server
 from jobrunner.config import ServerConfig
 from jobrunner.errors import AccessError, HostError, LimitReached, Unauthenticated, Unavailable
 from jobrunner.server import auth
+from jobrunner.server.audit import Audit, attach, audited
+from jobrunner.server.auth import Role
 from jobrunner.server.guard import grpc_error, guarded, refused
 from jobrunner.server.http2 import CONFIGURATION, Bounds, CallHandler, ServerPeer, ServerProtocol, ServerStream
 from jobrunner.server.limits import Rate
@@ -51,7 +53,7 @@ MIN_FRAMES, FRAMES_PER_CALL = 1000.0, 8
 class JobServer(Server):
     """Serves these handlers on one address. `serve` is the whole of its life."""
 
-    def __init__(self, handlers: Collection[Any], config: ServerConfig, trust: Trust, draining: anyio.Event) -> None:
+    def __init__(self, handlers: Collection[Any], config: ServerConfig, trust: Trust, audit: Audit, draining: anyio.Event) -> None:
         """`draining` is set by `shutdown`, and read by whoever tells the state of the server.
 
         Raises AssertionError if the handlers' RPCs are not those of the policy.
@@ -76,9 +78,11 @@ class JobServer(Server):
         self._connections: set[ServerProtocol] = set()
         self._changed = asyncio.Event()
         self._trust = trust
+        self._audit = audit
         self.listener = Listener(
             trust.context,
             trust.admit,
+            lambda address, reason: audit.write("handshake", address=address, reason=reason),
             self._protocol_factory,
             max_connections=config.max_connections,
             max_pending=config.max_pending_handshakes,
@@ -86,6 +90,7 @@ class JobServer(Server):
             shutdown_timeout=SHUTDOWN_TIMEOUT,
         )
         listen(self, RecvRequest, self._admit)
+        attach(self)
 
     def __repr__(self) -> str:
         state = "draining" if self.draining.is_set() else "serving"
@@ -121,7 +126,9 @@ class JobServer(Server):
             if not reason or tls.dismissed:
                 continue
             tls.dismissed, tls.refusal = True, reason
-            logger.warning("ending the connection of %s: %s", address_of(connection.transport.get_extra_info("peername")), reason)
+            address = address_of(connection.transport.get_extra_info("peername"))
+            logger.warning("ending the connection of %s: %s", address, reason)
+            self._audit.write("cut", **auth.who(connection.transport.get_extra_info("peercert"), address), reason=reason)
             for stream in connection.streams():
                 call = stream.method.rpartition("/")[2]
                 stream.end_call(Status.UNAUTHENTICATED, f"cannot call {call}: {reason}")
@@ -156,6 +163,7 @@ class JobServer(Server):
     async def _admit(self, event: RecvRequest) -> None:
         """Before anything of a call is looked at: may this peer make it?"""
         address = address_of(event.peer.addr())
+        who = auth.who(event.peer.cert(), address)
         try:
             self._charge(cast("ServerPeer", event.peer).protocol, event.method_name)
             refusal = event.peer._transport.get_extra_info("connection").refusal
@@ -165,12 +173,16 @@ class JobServer(Server):
             if self.draining.is_set() and not event.method_name.startswith(HEALTH):
                 call = event.method_name.rpartition("/")[2]
                 raise Unavailable(f"cannot call {call}: the server is shutting down")
+            changes = Role.VIEWER not in self._policy[event.method_name]
+            unary = not self._mapping[event.method_name].cardinality.server_streaming
+            admitted = self._audit.begin(who, event.method_name, changes=changes, unary=unary)
         except LimitReached as exc:
             event.method_func = refused(exc)
             return
         except (AccessError, Unavailable) as exc:
+            self._audit.denied(who, event.method_name, exc.message)
             raise grpc_error(exc) from exc
-        event.method_func = guarded(event.method_func, event.method_name)
+        event.method_func = audited(guarded(event.method_func, event.method_name), admitted)
 
     def _charge(self, connection: ServerProtocol, method: str) -> None:
         """Count the call of this user. Raises LimitReached. Before authorization: denials cost as much, and are logged."""

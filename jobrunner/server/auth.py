@@ -18,7 +18,7 @@ from typing import Any
 
 from jobrunner.errors import AccessError, PermissionDenied, Unauthenticated
 
-__all__ = ["Identity", "Role", "authorize", "check_complete", "current_identity", "identify", "policy"]
+__all__ = ["Identity", "Role", "authorize", "check_complete", "current_identity", "identify", "policy", "who"]
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,13 @@ def authorize(method: str, certificate: Mapping[str, Any] | None, table: Mapping
         raise type(exc)(f"cannot call {call}: {exc.message}") from exc
     _identity.set(identity)
     return identity
+
+
+def who(certificate: Mapping[str, Any] | None, address: str) -> dict[str, str]:
+    """The caller for the audit log, acceptable or not."""
+    known = certificate or {}
+    user, role = (",".join(_attributes(known, name)) for name in ("commonName", "organizationalUnitName"))
+    return {"address": address, "user": user, "role": role, "serial": known.get("serialNumber", "")}
 
 
 def _attributes(certificate: Mapping[str, Any], name: str) -> list[str]:

@@ -31,6 +31,7 @@ from jobrunner.runner import JobRunner
 from jobrunner.sandbox import needs
 from jobrunner.server import control
 from jobrunner.server.app import JobServer
+from jobrunner.server.audit import Audit
 from jobrunner.server.devcerts import CLIENTS, make_certs
 from jobrunner.server.health import HealthService
 from jobrunner.server.notify import ServiceManager
@@ -162,6 +163,12 @@ class RunningServer(NamedTuple):
     server: JobServer
     runner: JobRunner
     trust: Trust
+    audit: Audit
+
+    def read_again(self) -> None:
+        """What SIGHUP asks for: the certificate files, and another audit log where the one before was renamed."""
+        self.trust.ask()
+        self.audit.reopen()
 
 
 @asynccontextmanager
@@ -170,16 +177,16 @@ async def running_server(config: ServerConfig) -> AsyncIterator[RunningServer]:
 
     Raises ConfigError for certificates, HostError for the host, the state directory and the address.
     """
-    trust = Trust(config)
+    trust, audit = Trust(config), Audit(config.audit_log)
     async with JobRunner.open(config.runner, wait=False) as runner:
         draining = anyio.Event()
         jobs = JobService(runner, draining, config.max_followers_per_job)
         handlers = [jobs, HealthService(draining), ReflectionService(descriptors.load())]
-        server = JobServer(handlers, config, trust, draining)
+        server = JobServer(handlers, config, trust, audit, draining)
         async with server.serve() as address:
             keeper = asyncio.get_running_loop().create_task(server.keep_trust())
             try:
-                yield RunningServer(address, server, runner, trust)
+                yield RunningServer(address, server, runner, trust, audit)
             finally:
                 keeper.cancel()
 
@@ -211,7 +218,7 @@ async def _serve(config: ServerConfig, ready: Callable[[str], None]) -> None:
     async with running_server(config) as running, contextlib.AsyncExitStack() as stack:
         stack.callback(control.Control(config.runner.state_dir, asked.set).close)
         draining = loop.create_task(_drain(running.runner, asked, stop))
-        loop.add_signal_handler(signal.SIGHUP, running.trust.ask)
+        loop.add_signal_handler(signal.SIGHUP, running.read_again)
         ready(running.address)
         manager.ready(f"listening on {running.address}")
         alive = loop.create_task(manager.keep_alive())

@@ -26,6 +26,7 @@ class Listener:
         self,
         context: ssl.SSLContext,
         admit: Callable[[list[bytes]], tuple[Any, str]],
+        failed: Callable[[str, str], object],
         app_protocol: Callable[[], asyncio.Protocol],
         *,
         max_connections: int,
@@ -34,11 +35,13 @@ class Listener:
         shutdown_timeout: float,
     ) -> None:
         """`admit` is given a client's verified certificates, its own first, DER: who it is, and why it may not be served, or "".
+        `failed` is given the address of a handshake that failed, and the reason.
 
         `app_protocol` makes what speaks on a connection whose peer has been authenticated. Times are seconds.
         """
         self.context = context
         self.admit = admit
+        self._failed = failed
         self.handshake_timeout = handshake_timeout
         self.shutdown_timeout = shutdown_timeout
         self.pending: dict[TlsConnection, None] = {}
@@ -79,6 +82,11 @@ class Listener:
         if not self._refusing:  # once, not for each connection of a flood
             logger.warning("dropping connections: there are %d %s (%s)", most, what, bound)
         self._refusing = True
+
+    def tell_failed(self, peername: Any, reason: str) -> None:
+        """Log and audit a handshake that failed."""
+        logger.warning("TLS handshake with %s failed: %s", address_of(peername), reason)
+        self._failed(address_of(peername), reason)
 
     def abort(self) -> None:
         """Drop every connection at once."""
@@ -138,7 +146,7 @@ class TlsConnection(sslproto.SSLProtocol):
             self.client, self.refusal = self._listener.admit(verified_chain(connection))
             self._extra["connection"] = self
         else:
-            logger.warning("TLS handshake with %s failed: %s", address_of(self._address), reason_of(handshake_exc))
+            self._listener.tell_failed(self._address, reason_of(handshake_exc))
             flush: Callable[[], None] = getattr(self, "_process_outgoing")  # noqa: B009 - typeshed does not know it
             flush()  # Order: the alert, before the transport is closed without it.
         super()._on_handshake_complete(handshake_exc)
@@ -146,7 +154,7 @@ class TlsConnection(sslproto.SSLProtocol):
     def _check_handshake_timeout(self) -> None:
         if self in self._listener.pending:
             seconds = self._listener.handshake_timeout
-            logger.warning("TLS handshake with %s failed: not done within %g s", address_of(self._address), seconds)
+            self._listener.tell_failed(self._address, f"not done within {seconds:g} s")
         super()._check_handshake_timeout()
 
     def connection_lost(self, exc: BaseException | None) -> None:

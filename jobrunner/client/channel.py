@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["ClientChannel", "ClientProtocol"]
 
 MAX_FRAME = 256 * 1024
-CONNECTION_WINDOW = 16 * 1024 * 1024
 STREAM_WINDOW = 1024 * 1024
-"""Smaller than the connection's, so that one output stream that nobody reads does not stop every other call."""
+CONNECTION_WINDOW = 128 * STREAM_WINDOW
+"""More than all the streams have that a server allows on one connection (100): output that nobody reads stops no other call."""
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 0.25
 PROBE_TIMEOUT = 2.0

@@ -29,6 +29,8 @@ class Proxy:
         """Whether new connections are cut at once."""
         self.muted = False
         """Whether what comes from the server is thrown away."""
+        self.idle: float | None = None
+        """Seconds without a byte from the server after which a connection is cut."""
         self._budget = budget
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -69,7 +71,7 @@ class Proxy:
         """Until the end of file, an error, or the last byte of the budget: then True."""
         left = self._budget()
         with contextlib.suppress(OSError):
-            while data := await from_server.read(65536):
+            while data := await self._read(from_server):
                 if self.muted:
                     continue
                 part = data if left is None else data[:left]
@@ -80,7 +82,16 @@ class Proxy:
                     left -= len(part)
                     if left == 0:
                         return True
+            return data is None
         return False
+
+    async def _read(self, from_server: asyncio.StreamReader) -> bytes | None:
+        """What comes next; None if nothing does for too long."""
+        try:
+            async with asyncio.timeout(self.idle):
+                return await from_server.read(65536)
+        except TimeoutError:
+            return None
 
 
 async def _up(reader: asyncio.StreamReader, to_server: asyncio.StreamWriter) -> None:

@@ -1,0 +1,88 @@
+"""Readers that do not read, and connections on which nothing happens: who is affected, and who is not."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from jobrunner import JobStatus
+from jobrunner.client import JobClient, channel
+from jobrunner.client.reader import PREFETCH
+from jobrunner.output import Chunk
+from tests.support.http2 import framed, raw_peer
+from tests.support.proxy import proxy_to
+from tests.support.server import eventually, message, serving, start
+from tests.support.timing import fail_after
+
+if TYPE_CHECKING:
+    from tests.support.daemon import ServerProcess
+
+pytestmark = pytest.mark.requires("root")
+
+UNREAD = 40
+SUBSCRIBE = "/jobrunner.v1.JobService/SubscribeOutput"
+
+
+async def test_many_unread_logs_hold_back_no_other_call_of_their_connection(server: ServerProcess) -> None:
+    size = PREFETCH + 2 * channel.STREAM_WINDOW
+    with fail_after(50):
+        async with server.client() as client, AsyncExitStack() as stack:
+            job = await client.start("head", "-c", str(size), "/dev/zero")
+            await job.wait()
+            readers = [await stack.enter_async_context(job.log()) for _ in range(UNREAD)]
+            for reader in readers:
+                await anext(reader)
+            # Each has what it may have: that much before its caller takes it, and a full window that is not given back.
+            await eventually(lambda: all(reader._held >= PREFETCH for reader in readers))
+            assert await job.status() is JobStatus.COMPLETED
+            async with job.log() as other:
+                assert sum([len(part.data) async for part in other if isinstance(part, Chunk)]) == size
+
+
+async def test_a_silent_follow_survives_a_proxy_that_drops_idle_connections(
+    server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the default of 20 s it takes a proxy that is more patient; everything else is as it is."""
+    often = replace(channel._CONFIGURATION, _keepalive_time=0.5, _http2_min_sent_ping_interval_without_data=0.1)
+    monkeypatch.setattr(channel, "_CONFIGURATION", often)
+    files = server.files()
+    with fail_after(30):
+        async with proxy_to(server.address) as proxy, server.client() as direct:
+            proxy.idle = 3
+            async with JobClient(proxy.address, ca=files["ca"], cert=files["cert"], key=files["key"]) as client:
+                job = await client.start("sh", "-c", "echo begin; sleep 7; echo end")
+                async with job.log() as reader:
+                    data = b"".join([part.data async for part in reader if isinstance(part, Chunk)])
+                assert proxy.cuts == 0
+            assert await direct.get(job.job_id).status() is JobStatus.COMPLETED
+    assert data == b"begin\nend\n"
+
+
+async def test_a_stalled_reader_is_closed_at_once_with_all_that_it_held(tmp_path: Path) -> None:
+    def held() -> int:
+        """Descriptors of this process, which is the server, on files of logs."""
+        links = [_link(name) for name in os.listdir("/proc/self/fd")]
+        return sum("/log/" in link for link in links)
+
+    async with serving(tmp_path, send_timeout=0.3) as running, running.channel() as client, raw_peer(running) as peer:
+        job_id = await start(client, "/bin/sh", "-c", "exec yes")
+        request = message("JobSubscriptionRequest", job_id=job_id).SerializeToString()
+        stream = await peer.request(SUBSCRIBE, framed(request))
+        await eventually(lambda: held() > 0)
+        with anyio.fail_after(20):
+            status, _ = await peer.status(stream, read=False)
+        assert status == "8"
+        await eventually(lambda: held() == 0 and not running.server._calls())
+
+
+def _link(name: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{name}")
+    except OSError:
+        return ""

@@ -39,11 +39,22 @@ def _state_dir(path: Path) -> Finding:
     if not os.access(there, os.W_OK | os.X_OK):
         remedy = "another --state-dir; docker: a volume for it, -v jobrunner:/var/lib/jobrunner; systemd: StateDirectory=jobrunner"
         return Finding(Level.MISSING, "state directory", f"{path}: {there} cannot be written to", remedy)
+    aside = [name for name in _names(path / "corrupt") if not name.endswith(".why")]
+    if aside:
+        what = f"{path}: {len(aside)} files or directories in it were damaged or not jobrunner's, {min(aside)} for instance"
+        return Finding(Level.LIMITED, "state directory", what, f"see {path}/corrupt/*.why, then remove them")
     mount = mount_of(os.path.realpath(there), read_mountinfo())
     if mount is not None and mount.fstype in MEMORY:
         what = f"{path} is on {mount.fstype}: jobs and their output are lost with the machine's memory"
         return Finding(Level.LIMITED, "state directory", what, "a --state-dir on a disk; docker: a named volume")
     return Finding(Level.OK, "state directory", f"{path}, on {mount.fstype if mount else 'an unknown file system'}")
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
 
 
 def _inotify(needs: Needs) -> Finding:

@@ -14,7 +14,9 @@ from jobrunner import JobSpec
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import JobNotFound
 from jobrunner.job import Gap
+from jobrunner.linux.check import Level, everything
 from jobrunner.runner import JobRunner
+from jobrunner.sandbox import needs
 from tests.support.runner import open_runner, output, run, shell
 from tests.support.timing import fail_after
 
@@ -51,6 +53,9 @@ async def test_what_is_no_job_is_set_aside(tmp_path: Path, caplog: pytest.LogCap
         assert name in (corrupt / f"{name}.why").read_text()
         assert f"corrupt/{name}" in caplog.text
     assert os.listdir(tmp_path / "state" / "jobs") == [good.job_id]
+    findings = everything(needs(RunnerConfig(state_dir=tmp_path / "state")))
+    (told,) = (finding for finding in findings if finding.name == "state directory")
+    assert (told.level, "6 files or directories" in told.what) == (Level.LIMITED, True)
 
 
 async def test_two_things_of_one_name_are_both_kept(tmp_path: Path) -> None:

@@ -29,10 +29,10 @@ __all__ = ["Attempt", "translated"]
 _ALERTS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it requires one",
     "TLSV1_ALERT_UNKNOWN_CA": "it is not signed by the server's CA",
-    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "it has expired",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "it has expired, or the server's revocation list has: its log says which",
     "SSLV3_ALERT_CERTIFICATE_REVOKED": "it is revoked",
-    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "it is not for use by a client",
-    "SSLV3_ALERT_BAD_CERTIFICATE": "it is not valid",
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "it is not for use by a client (extended key usage clientAuth)",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "it is not valid, or not yet: look at its dates and at both clocks",
     "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "it is not acceptable",
     "TLSV1_ALERT_DECRYPT_ERROR": "its signature is wrong",
     "TLSV1_ALERT_ACCESS_DENIED": "access denied",
@@ -42,6 +42,13 @@ _ALERTS = {
 
 _BOUND = re.compile(r"cannot (?P<verb>[^:]*): (?P<reason>.*) \((?P<bound>[a-z_]+)\)", re.DOTALL)
 """What a server says when it ends a connection for a bound: `cannot VERB: reason (bound)`."""
+
+
+_NO_TLS_1_3 = {
+    "TLSV1_ALERT_PROTOCOL_VERSION": "the server does not speak TLS 1.3",
+    "UNSUPPORTED_PROTOCOL": "the server does not speak TLS 1.3",
+    "WRONG_VERSION_NUMBER": "the server does not speak TLS",
+}
 
 
 class Attempt:
@@ -170,7 +177,7 @@ def _refused(where: str, exc: ssl.SSLError) -> Unauthenticated | None:
 def _reason(exc: BaseException) -> str:
     """The operating system's words for an error, without Python's decoration."""
     if isinstance(exc, ssl.SSLError):
-        return (exc.reason or str(exc)).replace("_", " ").lower()
+        return _NO_TLS_1_3.get(exc.reason or "") or (exc.reason or str(exc)).replace("_", " ").lower()
     if isinstance(exc, socket.gaierror):
         return exc.strerror or str(exc)
     if isinstance(exc, OSError):

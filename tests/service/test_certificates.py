@@ -1,0 +1,147 @@
+"""Every RPC x certificates made by `openssl`, against a table written by hand, and what each client is told."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import anyio
+import pytest
+
+from jobrunner.client import JobClient
+from jobrunner.config import RunnerConfig, ServerConfig
+from jobrunner.errors import JobRunnerError, PermissionDenied, Unauthenticated
+from jobrunner.server.main import RunningServer, running_server
+from tests.service.test_roles import AS_ADMIN, AS_VIEWER, DENIED, REFUSED, TABLE, _answer
+from tests.support.certs import Pair
+from tests.support.openssl import DAY, OpenSslCa
+from tests.support.server import official_channel
+from tests.support.timing import fail_after
+
+pytestmark = pytest.mark.requires("root", "command:openssl")
+
+UNAUTHENTICATED = dict.fromkeys(TABLE, "UNAUTHENTICATED")
+REJECTED = "the server rejected the client certificate: "
+NOT_OURS = REJECTED + "it is not signed by the server's CA"
+
+# kind -> what every RPC answers, the error that the SDK raises (none: it may list jobs), and what that says.
+KINDS: dict[str, tuple[dict[str, str], type[JobRunnerError] | None, str]] = {
+    "admin": (AS_ADMIN, None, ""),
+    "viewer": (AS_VIEWER, None, ""),
+    "self-signed": (REFUSED, Unauthenticated, NOT_OURS),
+    "stranger's CA": (REFUSED, Unauthenticated, NOT_OURS),
+    "same-name CA": (REFUSED, Unauthenticated, NOT_OURS),
+    "expired": (REFUSED, Unauthenticated, REJECTED + "it has expired"),
+    "not yet valid": (REFUSED, Unauthenticated, REJECTED + "it is not valid, or not yet"),
+    "revoked": (REFUSED, Unauthenticated, REJECTED + "it is revoked"),
+    "server use": (REFUSED, Unauthenticated, REJECTED + "it is not for use by a client"),
+    "no use": (UNAUTHENTICATED, Unauthenticated, "the client certificate does not say that it is for clients"),
+    "two OUs": (DENIED, PermissionDenied, "has 2 organizational units"),
+    "no OU": (DENIED, PermissionDenied, "has 0 organizational units"),
+    "OU only in the issuer": (DENIED, PermissionDenied, "has 0 organizational units"),
+    "unknown OU": (DENIED, PermissionDenied, '"operators", is no role'),
+    "Admin": (DENIED, PermissionDenied, '"Admin", is no role'),
+    "admin, padded": (DENIED, PermissionDenied, '" admin", is no role'),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    running: RunningServer
+    ca: OpenSslCa
+    trusted: Path
+
+
+@asynccontextmanager
+async def site(path: Path) -> AsyncIterator[Site]:
+    """A server that trusts two CAs, one of which has a role in its own name."""
+    ca, titled = OpenSslCa(path / "ca"), OpenSslCa(path / "titled", "/OU=admin/CN=titled CA")
+    pair = ca.issue("server", "/CN=server", use="serverAuth", hosts="DNS:localhost,IP:127.0.0.1")
+    revoked = ca.issue("revoked", "/OU=admin/CN=c")
+    ca.revoke(revoked)
+    bundle, lists = path / "ca.pem", path / "crl.pem"
+    bundle.write_bytes(ca.pem.read_bytes() + titled.pem.read_bytes())
+    lists.write_bytes(ca.crl.read_bytes() + titled.crl.read_bytes())
+    runner = RunnerConfig(state_dir=path / "state")
+    config = ServerConfig(runner=runner, listen="127.0.0.1:0", ca=bundle, cert=pair.cert, key=pair.key, crl=lists)
+    async with running_server(config) as running:
+        yield Site(running, ca, bundle)
+
+
+def certificate(here: Site, kind: str) -> Pair:
+    ca, beside = here.ca, here.ca.directory.parent
+    make: dict[str, Callable[[], Pair]] = {
+        "admin": lambda: ca.issue("c", "/OU=admin/CN=c"),
+        "viewer": lambda: ca.issue("c", "/OU=viewer/CN=c"),
+        "self-signed": lambda: ca.self_signed("c", "/OU=admin/CN=c"),
+        "stranger's CA": lambda: OpenSslCa(beside / "stranger", "/CN=stranger").issue("c", "/OU=admin/CN=c"),
+        "same-name CA": lambda: OpenSslCa(beside / "twin").issue("c", "/OU=admin/CN=c"),
+        "expired": lambda: ca.issue("c", "/OU=admin/CN=c", start=-2 * DAY, end=timedelta(minutes=-1)),
+        "not yet valid": lambda: ca.issue("c", "/OU=admin/CN=c", start=timedelta(hours=1)),
+        "revoked": lambda: Pair(ca.directory / "revoked.pem", ca.directory / "revoked.key"),
+        "server use": lambda: ca.issue("c", "/OU=admin/CN=c", use="serverAuth"),
+        "no use": lambda: ca.issue("c", "/OU=admin/CN=c", use=""),
+        "two OUs": lambda: ca.issue("c", "/OU=admin/OU=viewer/CN=c"),
+        "no OU": lambda: ca.issue("c", "/CN=c"),
+        "OU only in the issuer": lambda: reissue(beside / "titled", "/CN=c"),
+        "unknown OU": lambda: ca.issue("c", "/OU=operators/CN=c"),
+        "Admin": lambda: ca.issue("c", "/OU=Admin/CN=c"),
+        "admin, padded": lambda: ca.issue("c", "/OU= admin/CN=c"),
+    }
+    return make[kind]()
+
+
+def reissue(directory: Path, subject: str) -> Pair:
+    """From a CA that is there already."""
+    ca = OpenSslCa.__new__(OpenSslCa)
+    ca.directory = directory
+    return ca.issue("c", subject)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_every_rpc_and_the_client_are_told(tmp_path: Path, kind: str) -> None:
+    answers, error, told = KINDS[kind]
+    async with site(tmp_path) as here:
+        pair = certificate(here, kind)
+        with fail_after(40):
+            said = {}
+            for rpc in TABLE:
+                # A connection of its own: one with a certificate that is no good is ended soon.
+                async with official_channel(here.running.address, here.trusted, pair) as channel:
+                    said[rpc] = await _answer(channel, rpc)
+            assert said == answers
+            async with JobClient(here.running.address, ca=here.trusted, cert=pair.cert, key=pair.key, resume_timeout=0) as client:
+                if error is None:
+                    assert await client.list() == []
+                else:
+                    with pytest.raises(error) as caught:
+                        await client.list()
+                    assert told in caught.value.message
+
+
+@pytest.mark.parametrize("fault", ["TLS 1.2", "no ALPN"])
+async def test_what_is_not_our_protocol_is_not_answered(tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with site(tmp_path) as here:
+        pair = certificate(here, "admin")
+        context = ssl.create_default_context(cafile=here.trusted)
+        context.load_cert_chain(pair.cert, pair.key)
+        if fault == "TLS 1.2":
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+            context.set_alpn_protocols(["h2"])
+        host, _, port = here.running.address.rpartition(":")
+        with anyio.fail_after(20):
+            try:
+                reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
+                assert fault == "no ALPN"
+                await reader.read()  # to its end: what the server had to say, and no answer
+                writer.close()
+            except (ssl.SSLError, ConnectionError):
+                pass
+            why = {"TLS 1.2": "unsupported protocol", "no ALPN": "it does not speak HTTP/2 (ALPN h2)"}[fault]
+            while not any(why in record.getMessage() for record in caplog.records):  # noqa: ASYNC110
+                await anyio.sleep(0.01)

@@ -105,8 +105,9 @@ class Refused(asyncio.Protocol):
 class TlsConnection(sslproto.SSLProtocol):
     """The server's side of TLS on one connection. Overrides some methods of asyncio's, the same in Python 3.11 to 3.13."""
 
-    max_size = 64 * 1024
-    """Bytes of the read buffer that each connection has; asyncio's 256 KiB are most of what an idle connection costs."""
+    max_size = 16 * 1024
+    """Bytes of the read buffer that each connection has; asyncio's 256 KiB are most of what an idle connection costs. Requests are
+    small, and one record of TLS is this long at most (RFC 8446 section 5.1)."""
 
     def __init__(self, listener: Listener, app_protocol: asyncio.Protocol) -> None:
         timeouts: Any = {"ssl_handshake_timeout": listener.handshake_timeout, "ssl_shutdown_timeout": listener.shutdown_timeout}

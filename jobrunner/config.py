@@ -104,7 +104,7 @@ class ServerConfig:
     """Bytes of a call's headers, 32 added for each (RFC 9113 section 6.5.2)."""
     max_connections: int = 512
     max_connections_per_user: int = 256
-    max_pending_handshakes: int = 64
+    max_pending_handshakes: int = 256
     """When as many are in their handshake, the oldest gives way to the newest."""
     handshake_timeout: float = 5.0
     max_streams_per_connection: int = 100

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
@@ -46,8 +47,13 @@ DISMISS_TIMEOUT = 0.5
 ENDLESS = frozenset({"SubscribeOutput", "Wait", "ServerReflectionInfo"})
 """Calls that only wait or stream: nothing is cut in half when they end at once. Health's Watch ends by itself."""
 HEALTH = "/grpc.health."
-MIN_FRAMES, FRAMES_PER_CALL = 1000.0, 8
-"""Small frames of HTTP/2 in a second, and for each call that a user may make: headers, message, reset, what the answer needs."""
+ACCEPTS, BACKLOG = 16, 1024
+"""Connections accepted at once: far fewer than handshakes may be pending, so that who speaks is heard before it has to give way."""
+MIN_FRAMES, FRAMES_PER_CALL, FRAMES_BURST = 1000.0, 8, 3.0
+"""Small frames of HTTP/2 in a second, and for each call that a user may make: headers, message, reset, what the answer needs.
+
+Fewer seconds' worth of them may come at once than of calls: each flood is handled to the end of what was read of it.
+"""
 
 
 class JobServer(Server):
@@ -72,7 +78,8 @@ class JobServer(Server):
             receive_timeout=config.receive_timeout,
             send_timeout=config.send_timeout,
         )
-        self._frames = Rate("max_calls_per_second", max(MIN_FRAMES, FRAMES_PER_CALL * config.max_calls_per_second), "frames")
+        frames = max(MIN_FRAMES, FRAMES_PER_CALL * config.max_calls_per_second)
+        self._frames = Rate("max_calls_per_second", frames, "frames", burst=FRAMES_BURST)
         self._call_rate = Rate("max_calls_per_second", config.max_calls_per_second, "calls")
         self._start_rate = Rate("max_starts_per_second", config.max_starts_per_second, "starts")
         self._connections: set[ServerProtocol] = set()
@@ -101,7 +108,8 @@ class JobServer(Server):
         """Listen, and give the address as HOST:PORT; shut down on leaving. Raises HostError if it cannot listen."""
         host, port = self._settings.address
         try:
-            server = await asyncio.get_running_loop().create_server(self.listener.accept, host, port, backlog=128)
+            server = await asyncio.get_running_loop().create_server(self.listener.accept, host, port, backlog=ACCEPTS)
+            _wait_in_the_kernel(server.sockets)
         except OSError as exc:
             raise HostError(f"cannot listen on {self._settings.listen}: {exc.strerror or exc}") from exc
         try:
@@ -208,6 +216,13 @@ class JobServer(Server):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()
+
+
+def _wait_in_the_kernel(sockets: Collection[socket.socket]) -> None:
+    """asyncio's one `backlog` is how many connections the kernel keeps, and also how many are accepted before anyone is heard."""
+    for listening in sockets:
+        with socket.socket(fileno=os.dup(listening.fileno())) as same:
+            same.listen(BACKLOG)  # again, which changes the number (listen(2))
 
 
 def _bound_address(sockets: Collection[socket.socket], host: str) -> str:

@@ -26,9 +26,9 @@ MAX_IDLE = 1024
 class Bucket:
     """Tokens of one user. What was refused is counted too, and fades at the same rate: it tells who does not listen."""
 
-    def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic, burst: float = BURST) -> None:
         self.per_second = per_second
-        self.size = max(1.0, per_second * BURST)
+        self.size = max(1.0, per_second * burst)
         self._most_refused = max(self.size, A_FEW)
         self._clock = clock
         self._tokens = self.size
@@ -72,12 +72,15 @@ class Bucket:
 class Rate:
     """How many of something each user may do in a second."""
 
-    def __init__(self, bound: str, per_second: float, what: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """`bound` is its name in the configuration; `what` is done: `calls`, `starts`."""
+    def __init__(
+        self, bound: str, per_second: float, what: str, clock: Callable[[], float] = time.monotonic, burst: float = BURST
+    ) -> None:
+        """`bound` is its name in the configuration; `what` is done: `calls`, `starts`; `burst` seconds' worth may come at once."""
         self.bound = bound
         self.per_second = per_second
         self._what = what
         self._clock = clock
+        self._burst = burst
         self._buckets: dict[str, Bucket] = {}
         self._told: dict[str, float] = {}
 
@@ -88,7 +91,7 @@ class Rate:
             if len(self._buckets) >= MAX_IDLE:
                 self._buckets = {name: known for name, known in self._buckets.items() if not known.full}
                 self._told = {name: at for name, at in self._told.items() if name in self._buckets}
-            bucket = self._buckets[user] = Bucket(self.per_second, self._clock)
+            bucket = self._buckets[user] = Bucket(self.per_second, self._clock, self._burst)
         return bucket
 
     def charge(self, user: str, verb: str) -> None:

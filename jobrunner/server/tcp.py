@@ -12,7 +12,7 @@ import logging
 import ssl
 from asyncio import sslproto
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 __all__ = ["Listener", "Refused", "TlsConnection", "verified_chain"]
 
@@ -113,6 +113,9 @@ class TlsConnection(sslproto.SSLProtocol):
         timeouts: Any = {"ssl_handshake_timeout": listener.handshake_timeout, "ssl_shutdown_timeout": listener.shutdown_timeout}
         nobody: Any = None
         super().__init__(asyncio.get_running_loop(), app_protocol, listener.context, waiter=nobody, server_side=True, **timeouts)
+        cast(
+            "Any", self
+        )._ssl_buffer = bytearray()  # asyncio makes another when the peer says something; most of a flood never does
         self._listener = listener
         self._socket: asyncio.Transport | None = None
         self.heard = False

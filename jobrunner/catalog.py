@@ -53,7 +53,7 @@ class Catalog:
         try:
             await recovery.load_rest(self._runner, ended)
         finally:
-            self.loaded.set()
+            self.loaded.set()  # also when the runner is closed meanwhile, which then takes no new jobs
 
     def add(self, job: RunnerJob) -> None:
         """A job that runs."""
@@ -84,7 +84,11 @@ class Catalog:
                 found = await anyio.to_thread.run_sync(recovery.load_one, self._runner, job_id)
             except OSError as exc:
                 raise HostError(f"cannot read job {job_id}: {exc.strerror}") from exc
-            job = self.take_ended(*found) if found is not None else None
+            if found is None:  # what it turned out to be was told, and set aside or removed
+                self._unloaded.discard(job_id)
+                self.jobs.remove(job_id)
+            else:
+                job = self.take_ended(*found)
         if job is None:
             raise JobNotFound(job_id)
         return job

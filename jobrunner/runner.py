@@ -332,11 +332,10 @@ class JobRunner:
 
     async def _detach(self) -> None:
         """Let go of all jobs: those that run go on under their shims; what is half done is finished first."""
+        self._closing = "shutting down"  # Order: before those that wait for request ids are let go
         for watcher in self._watchers:
             watcher.cancel()
         await self.settled()
-        self._closing = "shutting down"
-        self.catalog.loaded.set()
         for job in self._running.values():
             if job.shim is not None:
                 job.shim.close()

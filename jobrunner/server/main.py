@@ -113,7 +113,7 @@ def stop_jobs(
     """
 
     async def stop(settings: RunnerConfig) -> None:
-        async with JobRunner.open(settings) as runner:
+        async with JobRunner.open(settings, wait=False) as runner:
             await runner.stop_all(grace=grace, by="jobrunnerd")
 
     with _told():

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from jobrunner import JobSpec, Limits
-from jobrunner.errors import JobNotFound, JobRemoved, RequestConflict
+from jobrunner.config import RunnerConfig
+from jobrunner.errors import JobNotFound, JobRemoved, RequestConflict, Unavailable
 from jobrunner.record import fingerprint
 from jobrunner.requests import KEEP, RequestIds, request_key
+from jobrunner.runner import JobRunner
+from tests.support.keptjobs import multiply
 from tests.support.runner import open_runner
 
 pytestmark = pytest.mark.requires("root")
@@ -72,6 +75,33 @@ async def test_a_start_that_failed_may_be_asked_for_again(tmp_path: Path) -> Non
             with pytest.raises(Exception, match="exec"):
                 await runner.start(spec)
         assert (await runner.start(ONCE)).job_id
+
+
+async def test_a_start_that_waits_for_request_ids_when_the_runner_closes_is_none(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        job = await runner.start(JobSpec("true"))
+        await job.wait()
+    multiply(tmp_path / "state", job.job_id, 300)
+    async with JobRunner.open(RunnerConfig(state_dir=tmp_path / "state"), wait=False) as runner:
+        waiting = asyncio.create_task(runner.start(JobSpec("true", request_id="new")))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+    with pytest.raises(Unavailable):
+        await waiting
+    assert len(list((tmp_path / "state" / "jobs").iterdir())) == 301
+
+
+async def test_a_record_that_is_damaged_while_the_server_runs_is_told_once_and_set_aside(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        good, bad = [await runner.start(JobSpec("true")) for _ in range(2)]
+        ids = [job.job_id for job in (good, bad)]
+        for job in (good, bad):
+            await job.wait()
+        (runner.state.directory(ids[1]) / "job.json").write_text("{")
+        runner.catalog._handles.clear()  # as if nobody held them: the record is what is asked
+        assert [job.job_id for job in await runner.list()] == ids[:1]
+        assert ids[1] not in runner.catalog.jobs
+    assert (tmp_path / "state" / "corrupt" / ids[1]).exists()
 
 
 def test_damaged_lines_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

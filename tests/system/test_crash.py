@@ -39,6 +39,7 @@ class Rounds:
         self.path = path
         self.server = ServerProcess(path)
         self.kills = 0
+        self.tries = 0
 
     @asynccontextmanager
     async def client(self, resume: float = 0.0) -> AsyncIterator[JobClient]:
@@ -70,7 +71,7 @@ class Rounds:
     async def act(self, client: JobClient, action: str, job: ClientJob | None) -> None:
         match action:
             case "start":
-                await client.start(*FOREVER, request_id=f"request-{self.kills}")
+                await client.start(*FOREVER, request_id=f"request-{self.tries}")
             case "stop":
                 assert job is not None
                 await client.get(job.job_id).stop()
@@ -138,7 +139,8 @@ async def test_a_server_killed_at_any_durable_step_loses_nothing(tmp_path: Path)
             if not waiting:  # every one was reached; again, at other moments
                 waiting = {(action, call): 1 for action in ACTIONS for call in CALLS}
             action, call = choice.choice(sorted(waiting))
-            request = f"request-{rounds.kills}"
+            rounds.tries += 1
+            request = f"request-{rounds.tries}"
             async with rounds.client() as client:
                 job = await prepared(client, action)
             if await rounds.killed_at(call, waiting[action, call], action, job):

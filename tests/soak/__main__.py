@@ -33,7 +33,8 @@ async def _run(names: list[str], sizes: Sizes) -> None:
         scratch = Path(tempfile.mkdtemp(prefix=f"soak-{name}-"))
         begun, load = time.monotonic(), os.getloadavg()[0]
         try:
-            said = await ROUNDS[name](scratch, sizes)
+            async with asyncio.timeout(sizes.longest):
+                said = await ROUNDS[name](scratch, sizes)
             print(f"{name}: {said}; {time.monotonic() - begun:.0f} s, load average before it {load:.1f}", flush=True)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

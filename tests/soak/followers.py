@@ -50,11 +50,16 @@ async def followers(directory: Path, sizes: Sizes) -> str:
             for seed in range(sizes.followers)
         ]
         killed = [0] * GHOSTS
-        async with anyio.create_task_group() as ghosts:
-            for number in range(GHOSTS):
-                ghosts.start_soon(_ghosts, server, proxy.address, job.job_id, chance, killed, number)
-            said = await asyncio.gather(*(process.communicate() for process in processes))
-            ghosts.cancel_scope.cancel()
+        try:
+            async with anyio.create_task_group() as ghosts:
+                for number in range(GHOSTS):
+                    ghosts.start_soon(_ghosts, server, proxy.address, job.job_id, chance, killed, number)
+                said = await asyncio.gather(*(process.communicate() for process in processes))
+                ghosts.cancel_scope.cancel()
+        finally:
+            for process in processes:
+                if process.returncode is None:
+                    process.kill()
         info = await job.wait()
     did: Counter[str] = Counter()
     for process, (out, _) in zip(processes, said, strict=True):

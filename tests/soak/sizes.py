@@ -22,7 +22,9 @@ class Sizes:
     """Followers that stall."""
     endings: int
     """Jobs that end the instant after their last write."""
+    longest: float
+    """Seconds after which a round has failed."""
 
 
-FULL = Sizes(lines=10**7, random_bytes=256 * MIB, followers=32, flood_bytes=10 << 30, stalled=100, endings=2000)
-SHORT = Sizes(lines=200_000, random_bytes=4 * MIB, followers=32, flood_bytes=1 << 30, stalled=100, endings=200)
+FULL = Sizes(lines=10**7, random_bytes=256 * MIB, followers=32, flood_bytes=10 << 30, stalled=100, endings=2000, longest=7200)
+SHORT = Sizes(lines=200_000, random_bytes=4 * MIB, followers=32, flood_bytes=1 << 30, stalled=100, endings=200, longest=300)

@@ -8,11 +8,11 @@
 
 ARG BASE=debian:bookworm-slim
 
-# What runs: Python, and a pid 1 that reaps. Half of tini's package is a second tini.
+# What runs: Python, a pid 1 that reaps, and what compiles the filter of system calls. Half of tini's package is a second tini.
 FROM ${BASE} AS runtime
 RUN --mount=type=secret,id=apt-sources,target=/etc/apt/sources.list.d/debian.sources \
     apt-get update -qq \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3 tini >/dev/null \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3 tini libseccomp2 >/dev/null \
     && rm -rf /usr/bin/tini-static /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/*
 
 # What builds: the shim, which is linked statically and needs none of this later, the wheel, and the environment.

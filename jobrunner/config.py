@@ -36,6 +36,8 @@ DEFAULTS = Limits(
     output_policy=OutputPolicy.DROP_OLDEST,
 )
 NO_LIMITS = Limits()
+JOB_UIDS = (0x70000000, 65536)
+"""Outside of passwd, of the ranges in subuid, and of what systemd takes for itself (systemd's UIDS-GIDS)."""
 CGROUP_LIMITS = ("cpus", "memory", "pids", "read_bps", "write_bps", "read_iops", "write_iops")
 """The limits that a cgroup holds: a host may lack one of them."""
 ON_SHUTDOWN = ("keep", "stop")
@@ -72,6 +74,12 @@ class RunnerConfig:
     """What becomes of a job whose output cannot be written: `continue` counts what is lost and tells it, `stop` ends the job."""
     network_host: bool = False
     """Whether a job may ask for the host's network instead of none."""
+    job_uids: tuple[int, int] = JOB_UIDS
+    """First and count: every running job has a uid of its own, and the gid of the same number."""
+    show: tuple[str, ...] = ()
+    """What jobs see of the host besides /usr, /bin, /sbin, /lib*, /etc and /opt."""
+    hide: tuple[str, ...] = ()
+    """What they do not see of it, besides what is a secret on every host."""
     allow_missing: tuple[str, ...] = ()
     """Names of limits that this host may lack, `read_bps` for instance."""
 
@@ -194,6 +202,26 @@ def _limit_names(value: object) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _id_range(value: object) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,10}):(\d{1,10})", _text(value))
+    if not found:
+        raise ValueError(f"{value!r} is not FIRST:COUNT")
+    first, count = int(found[1]), int(found[2])
+    if first < 1 or count < 1 or first + count > 0xFFFFFFFF:
+        raise ValueError(f"{value!r} is no range of uids; root's is not for jobs")
+    return first, count
+
+
+def _host_paths(value: object) -> tuple[str, ...]:
+    paths = value.split(":") if isinstance(value, str) else value
+    if not isinstance(paths, list | tuple):
+        raise ValueError(f"{value!r} is not a list of paths")
+    for path in paths:
+        if _text(path) != os.path.normpath(path) or not path.startswith("/") or path in ("/", "//"):
+            raise ValueError(f"{path!r} is not an absolute path below /, in its plainest form")
+    return tuple(paths)
+
+
 def _log_level(value: object) -> str:
     if _text(value).lower() not in LOG_LEVELS:
         raise ValueError(f"{value!r} is none of {', '.join(LOG_LEVELS)}")
@@ -240,6 +268,9 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "segment_bytes": _between(_size, 4096, 1 << 40),
     "on_write_error": _word(*ON_WRITE_ERROR),
     "network_host": _flag,
+    "job_uids": _id_range,
+    "show": _host_paths,
+    "hide": _host_paths,
     "allow_missing": _limit_names,
     "ca": _path,
     "cert": _path,

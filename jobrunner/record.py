@@ -34,6 +34,8 @@ class JobRecord:
     """Of the request as it came, environment values included: tells whether a request id is used for another request."""
     cgroup: Mapping[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    uid: int = 0
+    """The job's, and its gid; 0 in what a server wrote that ran jobs as root."""
 
 
 def fingerprint(spec: JobSpec) -> str:
@@ -60,6 +62,7 @@ def pack_record(record: JobRecord) -> bytes:
         "fingerprint": record.fingerprint,
         "cgroup": dict(record.cgroup),
         "missing": list(record.missing),
+        "uid": record.uid,
     }
     return json.dumps(raw).encode()
 
@@ -97,6 +100,7 @@ def _from_json(raw: dict[str, Any]) -> JobRecord:
         fingerprint=raw["fingerprint"],
         cgroup=raw["cgroup"],
         missing=tuple(raw["missing"]),
+        uid=int(raw.get("uid", 0)),
     )
 
 

@@ -143,6 +143,19 @@ async def settle(runner: JobRunner, job: RunnerJob) -> None:
     if not left.ran:
         runner.forget(job)
     runner.end(job, left)
+    await _give_back(runner, job)
+
+
+async def _give_back(runner: JobRunner, job: RunnerJob) -> None:
+    """The job's uid is free once nothing is left that belongs to it. Not before the end is told: there may be much of it."""
+    try:
+        await anyio.to_thread.run_sync(runner.state.reown, job.job_id)
+    except FileNotFoundError:  # removed meanwhile
+        pass
+    except OSError as exc:
+        logger.error("cannot take over the work directory of job %s: %s; its uid stays taken", job.job_id, exc)
+        return
+    runner.identities.give_back(job.record.uid)
 
 
 async def _clear(job: RunnerJob, exit_record: ExitRecord | None) -> None:
@@ -188,6 +201,7 @@ async def _take(runner: JobRunner, job_id: str) -> bool:
         return False
     stop = state.read_stop(job_id)
     asked = None if stop is None and not state.stop_was_asked(job_id) else stop.by if stop else ""
+    runner.identities.hold(record.uid)
     runner.adopt(record, cgroup, exit_record.started_ns / 1e9 if exit_record else record.created, asked)
     return True
 

@@ -39,11 +39,13 @@ from jobrunner.errors import (
     Unavailable,
 )
 from jobrunner.handle import RunnerJob
+from jobrunner.identity import Identities
 from jobrunner.job import JobSpec, Limits
 from jobrunner.linux import disk
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
 from jobrunner.linux.host import host_facts
 from jobrunner.linux.inotify import Inotify
+from jobrunner.linux.seccomp import compile_filter
 from jobrunner.log import ChunkCache
 from jobrunner.record import JobRecord, fingerprint
 from jobrunner.requests import request_key
@@ -65,11 +67,13 @@ FINISH_TIMEOUT = 5.0
 class JobRunner:
     """The jobs of one state directory. Make it with `open`."""
 
-    def __init__(self, config: RunnerConfig, state: StateDir, cgroups: CgroupHost, inotify: Inotify) -> None:
+    def __init__(self, config: RunnerConfig, state: StateDir, cgroups: CgroupHost, inotify: Inotify, calls: bytes) -> None:
         self.config = config
         self.state = state
         self.cgroups = cgroups
         self.inotify = inotify
+        self.calls = calls
+        self.identities = Identities(*config.job_uids)
         self.host = host_facts()
         self.chunks = ChunkCache()
         self.catalog = Catalog(self)
@@ -94,11 +98,12 @@ class JobRunner:
         Raises HostError if the directory is taken, or the host lacks what jobs need.
         """
         await anyio.to_thread.run_sync(sandbox.check_host, config)
+        calls = await anyio.to_thread.run_sync(compile_filter)
         with contextlib.closing(StateDir(config.state_dir.resolve())) as state, contextlib.closing(Inotify()) as inotify:
             cgroups = detect(config.cgroup_parent, sandbox.base_name(state.path))
             with contextlib.closing(cgroups):
                 sandbox.check_limits(config, cgroups)
-                runner = cls(config, state, cgroups, inotify)
+                runner = cls(config, state, cgroups, inotify, calls)
                 try:
                     await runner._recover()
                     if wait:
@@ -204,24 +209,29 @@ class JobRunner:
 
     async def _start(self, spec: JobSpec, limits: Limits, user: str) -> RunnerJob:
         job_id = self._new_id()
-        cgroup = self._make_cgroup(job_id, spec, limits)
+        uid = self.identities.take()
+        try:
+            cgroup = self._make_cgroup(job_id, spec, limits)
+        except BaseException:
+            self.identities.give_back(uid)
+            raise
         created, node = time.time(), self.config.node
-        record = JobRecord(job_id, spec, limits, user, node, created, fingerprint(spec), cgroup.paths, cgroup.missing)
+        record = JobRecord(job_id, spec, limits, user, node, created, fingerprint(spec), cgroup.paths, cgroup.missing, uid)
         try:
             await anyio.to_thread.run_sync(self.state.create, record)
         except OSError as exc:
-            await self._undo(job_id, cgroup)
+            await self._undo(record, cgroup)
             raise StartFailed(spec.command, "record", exc.errno or 0) from exc
         # From here on a start that is cut short is recovery's: it alone can tell whether the job runs.
         try:
-            started = await sandbox.launch(record, cgroup, self.state.directory(job_id), self.config)
+            started = await sandbox.launch(record, cgroup, self.state.directory(job_id), self.config, self.calls)
         except StartFailed:
-            await self._undo(job_id, cgroup)
+            await self._undo(record, cgroup)
             raise
         except sandbox.LauncherLost as exc:
             if await anyio.to_thread.run_sync(self.state.claim, job_id):
                 cgroup.kill()
-                await self._undo(job_id, cgroup)
+                await self._undo(record, cgroup)
                 raise StartFailed(spec.command, "launcher", 0, "it was killed") from exc
             started = created
         return self.adopt(record, cgroup, started)
@@ -232,9 +242,10 @@ class JobRunner:
             if job_id not in self.catalog.jobs and not self.state.directory(job_id).exists():
                 return job_id
 
-    async def _undo(self, job_id: str, cgroup: JobCgroup) -> None:
+    async def _undo(self, record: JobRecord, cgroup: JobCgroup) -> None:
         await cgroup.removed()
-        await anyio.to_thread.run_sync(self.state.remove, job_id)
+        await anyio.to_thread.run_sync(self.state.remove, record.job_id)
+        self.identities.give_back(record.uid)
 
     def _make_cgroup(self, job_id: str, spec: JobSpec, limits: Limits) -> JobCgroup:
         explicit = {f.name for f in fields(Limits) if getattr(spec.limits, f.name) is not None}

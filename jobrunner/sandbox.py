@@ -22,13 +22,29 @@ from jobrunner.linux.cgroup import CgroupHost, JobCgroup
 from jobrunner.record import JobRecord
 from jobrunner.shim import binary_path
 from jobrunner.shim.exitrecord import read_exit
-from jobrunner.shim.launch import LaunchPlan, pack_plan, parse_report
+from jobrunner.shim.launch import PROTECTIONS, LaunchPlan, pack_plan, parse_report
 
+USER = "job"
+"""What every job's user is called inside."""
+WORK = "/work"
+"""The job's own directory, as it sees it."""
 DEFAULT_ENV = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "HOME": "/",
+    "HOME": WORK,
+    "USER": USER,
+    "LOGNAME": USER,
     "LANG": "C.UTF-8",
 }
+SHOW = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc", "/opt")
+"""What every job sees of the host; the configuration adds to it."""
+HIDE = (
+    *("/etc/shadow", "/etc/shadow-", "/etc/gshadow", "/etc/gshadow-", "/etc/security/opasswd", "/etc/sudoers", "/etc/sudoers.d"),
+    *("/etc/ssh/ssh_host_rsa_key", "/etc/ssh/ssh_host_ecdsa_key", "/etc/ssh/ssh_host_ed25519_key", "/etc/ssh/ssh_host_dsa_key"),
+    *("/etc/ssl/private", "/etc/krb5.keytab"),
+)
+"""Secrets below what is shown. No job's uid could read most of them anyway; masked, they are not there."""
+TMP_SIZE = 256 << 20
+"""Of /tmp and of /dev/shm, each; what is in them counts as the job's memory."""
 HOST_NAME_MAX = 64
 """sethostname(2)."""
 
@@ -42,6 +58,7 @@ def needs(config: RunnerConfig) -> check.Needs:
         defaults=config.defaults,
         allow_missing=config.allow_missing,
         max_running=config.max_running,
+        job_uids=config.job_uids,
     )
 
 
@@ -60,14 +77,15 @@ def base_name(state_dir: Path) -> str:
     return f"jobrunner-{hashlib.sha256(os.fsencode(state_dir)).hexdigest()[:8]}"
 
 
-async def launch(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig) -> float:
+async def launch(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig, calls: bytes) -> float:
     """Run the launcher until the job's command has been executed; when that was, by the shim's clock (seconds since the epoch).
+    `calls` is the filter of system calls.
 
     Raises StartFailed with the step that failed, and then no process is left; LauncherLost if nobody told.
     """
     try:
         with os.fdopen(os.memfd_create("jobrunner-launch", os.MFD_CLOEXEC), "wb") as items:
-            items.write(pack_plan(_plan(record, cgroup, directory, config)))
+            items.write(pack_plan(_plan(record, cgroup, directory, config, calls)))
             items.flush()
             process = await asyncio.create_subprocess_exec(
                 binary_path(), stdin=items, stdout=asyncio.subprocess.PIPE, cwd="/", env={}, start_new_session=True
@@ -85,13 +103,13 @@ async def launch(record: JobRecord, cgroup: JobCgroup, directory: Path, config: 
     return started.started_ns / 1e9 if started else record.created
 
 
-def _plan(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig) -> LaunchPlan:
+def _plan(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig, calls: bytes) -> LaunchPlan:
     spec, limits = record.spec, record.limits
     return LaunchPlan(
         directory=str(directory),
         command=(spec.command, *spec.args),
         env={**DEFAULT_ENV, **spec.env},
-        cwd=spec.cwd or "/",
+        cwd=spec.cwd or WORK,
         hostname=(spec.name or record.job_id)[:HOST_NAME_MAX],
         cgroup_items=cgroup.launch_items(),
         network_host=spec.network == "host",
@@ -105,6 +123,15 @@ def _plan(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerC
         output_limit=limits.output_limit,
         output_policy=limits.output_policy or OutputPolicy.DROP_OLDEST,
         on_write_error=config.on_write_error,
+        uid=record.uid,
+        gid=record.uid,
+        user_name=USER,
+        show=(*SHOW, *config.show),
+        mask=(*HIDE, *config.hide, str(config.state_dir.resolve())),
+        work=str(directory / "work"),
+        tmp_size=TMP_SIZE,
+        seccomp=calls,
+        protect=PROTECTIONS,
     )
 
 

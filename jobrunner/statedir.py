@@ -20,7 +20,7 @@ from pathlib import Path
 
 from jobrunner.errors import HostError
 from jobrunner.job import is_job_id
-from jobrunner.linux.tree import remove_tree
+from jobrunner.linux.tree import remove_tree, reown_tree
 from jobrunner.record import JobRecord, RecordError, pack_record, parse_record
 from jobrunner.shim.exitrecord import ExitRecord, is_newer, parse_exit
 from jobrunner.shim.stopfile import StopRequest, pack_stop, parse_stop
@@ -106,6 +106,9 @@ class StateDir:
         directory = self.directory(record.job_id)
         directory.mkdir(mode=0o700)
         (directory / "log").mkdir(mode=0o700)
+        work = directory / "work"
+        work.mkdir(mode=0o700)
+        os.chown(work, record.uid, record.uid)
         # Order: the marker comes first, on disk too, so that no directory with a job.json is ever taken for a settled job's.
         (self.running / record.job_id).touch(mode=0o600)
         _sync_directory(self.running)
@@ -148,6 +151,10 @@ class StateDir:
     def settle(self, job_id: str) -> None:
         """The job has ended and everything about it is on disk: it is no longer looked at first after a restart."""
         (self.running / job_id).unlink(missing_ok=True)
+
+    def reown(self, job_id: str) -> None:
+        """What an ended job has left in its work directory becomes root's, so that its uid can be another job's. Raises OSError."""
+        reown_tree(self.directory(job_id) / "work")
 
     def remove(self, *job_ids: str) -> None:
         """Remove all of these jobs. A crash leaves each whole, or out of sight and removed for good by the next `find`."""

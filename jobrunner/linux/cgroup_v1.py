@@ -58,6 +58,9 @@ class CgroupV1:
             items.append(("cgroup1-shim", f"{v1['cpu'] / SHIM}/tasks"))
         places = [directory / JOB if directory == v1.get("cpu") else directory for directory in dict.fromkeys(v1.values())]
         items += [("cgroup1-job", f"{place}/tasks") for place in places]
+        # What a job sees of them: each controller by its name, wherever it is mounted on the host.
+        inside = {name: directory / JOB if directory == v1.get("cpu") else directory for name, directory in v1.items()}
+        items += [("cgroup-view", f"{name} {directory}") for name, directory in inside.items()]
         if UNIFIED in self._directories:
             items.append(("cgroup2-job", str(self._directories[UNIFIED])))
         if "cpu" in v1:

@@ -70,7 +70,7 @@ class CgroupV2:
         return {"unified": str(self._top)}
 
     def launch_items(self) -> list[tuple[str, str]]:
-        where = [("cgroup2-shim", str(self._shim)), ("cgroup2-job", str(self._job))]
+        where = [("cgroup2-shim", str(self._shim)), ("cgroup2-job", str(self._job)), ("cgroup-view", f". {self._job}")]
         if (self._top / "cpu.max").exists():
             where.append(("cpu-quota", str(self._top / "cpu.max")))
         return where + [counter.item() for counter in self._counters]

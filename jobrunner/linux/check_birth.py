@@ -11,20 +11,33 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from jobrunner.linux.finding import Finding, Level, Needs
+from jobrunner.errors import HostError
+from jobrunner.linux.finding import Finding, Level, Needs, from_error
+from jobrunner.linux.seccomp import compile_filter
 
 __all__ = ["quick"]
 
-NEEDED = {"CAP_SYS_ADMIN": 21, "CAP_NET_ADMIN": 12}
-"""capabilities(7): namespaces and mounts; the loopback interface of a job's network namespace."""
-KERNEL = (5, 11)
-"""close_range(2) with CLOSE_RANGE_CLOEXEC; CLONE_INTO_CGROUP is of 5.7."""
+NEEDED = {
+    "CAP_SYS_ADMIN": 21,
+    "CAP_NET_ADMIN": 12,
+    "CAP_SETUID": 7,
+    "CAP_SETGID": 6,
+    "CAP_SETPCAP": 8,
+    "CAP_KILL": 5,
+    "CAP_CHOWN": 0,
+    "CAP_DAC_OVERRIDE": 1,
+}
+"""capabilities(7): namespaces and mounts; a job's loopback interface; its uid, its gid, its empty bounding set; signals to it; its
+pipes and its work directory given to it; what it left there removed."""
+KERNEL = (5, 12)
+"""mount_setattr(2); close_range(2) with CLOSE_RANGE_CLOEXEC is of 5.11, CLONE_INTO_CGROUP of 5.7."""
 PROBE = re.compile(r"(\S+) (?:started|failed (\S+) (\d+) (.*))")
 NAMESPACES = ("pid", "mount", "network", "ipc", "uts", "cgroup")
 
+_NAMES = [name.removeprefix("CAP_") for name in NEEDED]
 _CAPABILITIES = (
-    "docker: --cap-add SYS_ADMIN --cap-add NET_ADMIN; compose: cap_add: [SYS_ADMIN, NET_ADMIN]; "
-    "systemd: CapabilityBoundingSet= must hold CAP_SYS_ADMIN CAP_NET_ADMIN"
+    f"docker: {' '.join(f'--cap-add {name}' for name in _NAMES)}; compose: cap_add: [{', '.join(_NAMES)}]; "
+    f"systemd: CapabilityBoundingSet= must hold {' '.join(NEEDED)}"
 )
 _FILTER = (
     "docker: --cap-add SYS_ADMIN --security-opt seccomp=unconfined; "
@@ -50,6 +63,8 @@ def quick(needs: Needs) -> Iterator[Finding]:
     rights = _capabilities()
     yield rights
     yield _kernel()
+    yield _seccomp()
+    yield _job_uids(needs.job_uids)
     shim = _shim(needs.shim)
     yield shim
     if shim.level is Level.OK:
@@ -84,6 +99,29 @@ def _kernel() -> Finding:
     return Finding(
         Level.MISSING, "kernel", f"Linux {release} is older than {wanted}", "Debian 12, Ubuntu 22.04, RHEL 9 and later have it"
     )
+
+
+def _seccomp() -> Finding:
+    """Whether the filter that every job has can be compiled."""
+    try:
+        size = len(compile_filter())
+    except HostError as exc:
+        return from_error("libseccomp", exc)
+    return Finding(Level.OK, "libseccomp", f"a filter of {size // 8} instructions")
+
+
+def _job_uids(wanted: tuple[int, int]) -> Finding:
+    """Whether the uids and gids of jobs are there in this user namespace (user_namespaces(7))."""
+    first, last = wanted[0], wanted[0] + wanted[1] - 1
+    for name in ("uid_map", "gid_map"):
+        lines = [[int(word) for word in line.split()] for line in Path("/proc/self", name).read_text().splitlines()]
+        if not any(inside <= first and last < inside + count for inside, _, count in lines):
+            there = ", ".join(f"{inside} to {inside + count - 1}" for inside, _, count in lines)
+            remedy = 'job_uids = "FIRST:COUNT" in the configuration, within them and of nobody else'
+            return Finding(
+                Level.MISSING, "job uids", f"{first} to {last} are not all in /proc/self/{name}, which has {there}", remedy
+            )
+    return Finding(Level.OK, "job uids", f"{first} to {last}")
 
 
 def _shim(path: Path) -> Finding:

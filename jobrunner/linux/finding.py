@@ -46,6 +46,7 @@ class Needs:
     defaults: Limits
     allow_missing: tuple[str, ...] = ()
     max_running: int = 1000
+    job_uids: tuple[int, int] = (0x70000000, 65536)
 
 
 def from_error(name: str, exc: HostError, level: Level = Level.MISSING) -> Finding:

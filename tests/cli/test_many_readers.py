@@ -66,7 +66,7 @@ def sdk_process(server: ServerProcess, job_id: str) -> subprocess.Popen[bytes]:
 @pytest.mark.timeout(300)
 def test_sixteen_readers_that_join_at_random_times_have_every_byte(server: ServerProcess, tmp_path: Path) -> None:
     pauses = random.Random(16)
-    job_id = start(server, "--cpus", "2", "--", sys.executable, "-c", JOB)
+    job_id = start(server, "--cpus", "2", "--", "python3", "-c", JOB)
     files = [tmp_path / f"cli-{number}" for number in range(READERS // 2)]
     cli, sdk = [], []
     for file in files:

@@ -38,21 +38,14 @@ SMALL = Limits(memory=192 << 20, pids=64, timeout=at_most(30), output_limit=4 <<
 """What a hostile job may use: the host survives it even where a protection is left out."""
 HEART = "while :; do echo beat; sleep 0.05; done"
 
-EVERYTHING: dict[str, Any] = {
-    "show": ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc", "/opt"),
-    "mask": ("/etc/shadow", "/etc/shadow-", "/etc/gshadow", "/etc/gshadow-"),
-    "uid": 0x70000000,
-    "gid": 0x70000000,
-    "user_name": "job",
-    "work_size": 16 << 20,
-    "tmp_size": 16 << 20,
-    "protect": PROTECT,
-}
-"""Every protection that the launch list has, where the server's own launch has none of them."""
-
 
 def _unprotected(name: str) -> Callable[[LaunchPlan], dict[str, Any]]:
     return lambda plan: {"protect": [one for one in plan.protect if one != name]}
+
+
+def _no_new_privs(plan: LaunchPlan) -> dict[str, Any]:
+    """The filter goes with it: without no_new_privs only root may have one (seccomp(2))."""
+    return _unprotected("no-new-privs")(plan) | {"seccomp": b""}
 
 
 def _host_root(_: LaunchPlan) -> dict[str, Any]:
@@ -61,12 +54,13 @@ def _host_root(_: LaunchPlan) -> dict[str, Any]:
 
 PROTECTIONS: Mapping[str, Callable[[LaunchPlan], dict[str, Any]]] = {
     "limits": lambda _: {"cgroup_items": ()},
-    "uid": lambda _: {"uid": None, "gid": None, "user_name": ""},
+    "uid": lambda _: {"uid": None, "gid": None, "user_name": "", "cwd": "/"},
     "root": _host_root,
     "mask": lambda _: {"mask": ()},
     "network": lambda _: {"network_host": True},
     "seccomp": lambda _: {"seccomp": b""},
     **{name: _unprotected(name) for name in PROTECT},
+    "no-new-privs": _no_new_privs,
 }
 """Each is a change of the launch that leaves this protection, and nothing else, out."""
 
@@ -118,7 +112,6 @@ class Arena:
         """Start a job with these protections left out, and with this change of its launch."""
 
         def changed(plan: LaunchPlan) -> LaunchPlan:
-            plan = replace(plan, cwd="/work", **EVERYTHING)
             plan = replace(plan, **(change or {}))
             for name in without:
                 plan = replace(plan, **PROTECTIONS[name](plan))

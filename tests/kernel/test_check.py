@@ -60,7 +60,19 @@ def test_nothing_is_missing_on_this_host(here: tuple[int, Found]) -> None:
 def test_each_thing_has_its_line(here: tuple[int, Found]) -> None:
     namespaces = {f"namespace {name}" for name in ("pid", "mount", "network", "ipc", "uts", "cgroup")}
     cgroups = {"cgroup", "cgroup cpu", "cgroup memory", "cgroup pids", "cgroup io", "cgroup.kill"}
-    others = {"root", "capabilities", "kernel", "shim", "clone3", "fresh /proc", "state directory", "inotify", "open files"}
+    others = {
+        "root",
+        "capabilities",
+        "kernel",
+        "libseccomp",
+        "job uids",
+        "shim",
+        "clone3",
+        "fresh /proc",
+        "state directory",
+        "inotify",
+        "open files",
+    }
     assert set(here[1]) == namespaces | cgroups | others | {"processes", "lifetime", "apparmor", "user namespaces"}
 
 

@@ -78,6 +78,7 @@ async def test_nothing_is_left_after_many_jobs(tmp_path: Path) -> None:
         job_ids: list[str | None] = []
         for start in range(0, JOBS, 20):
             job_ids += await asyncio.gather(*(one(number) for number in range(start, start + 20)))
+        await runner.settled()  # uids are given back after the end is told
         await anyio.wait_all_tasks_blocked()
         assert state(tmp_path) == before
         assert len([job_id for job_id in job_ids if job_id]) == JOBS * 7 // 8

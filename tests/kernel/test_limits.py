@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ MIB = 1 << 20
 
 
 def python(code: str, **fields: object) -> JobSpec:
-    return JobSpec(sys.executable, ("-c", code), **fields)  # type: ignore[arg-type]
+    return JobSpec("python3", ("-c", code), **fields)  # type: ignore[arg-type]
 
 
 async def test_a_64_mib_limit_kills_a_128_mib_job_and_says_why(tmp_path: Path) -> None:
@@ -39,7 +38,7 @@ async def test_a_job_below_its_memory_limit_is_not_killed(tmp_path: Path) -> Non
 
 
 async def test_an_oom_kill_of_a_child_ends_the_whole_job(tmp_path: Path) -> None:
-    bomb = f"{sys.executable} -c \"x = b'x' * (128 << 20)\"; sleep 0.5; echo went on"
+    bomb = "python3 -c \"x = b'x' * (128 << 20)\"; sleep 0.5; echo went on"
     async with open_runner(tmp_path) as runner:
         info, data = await run_output(runner, shell(bomb, limits=Limits(memory=64 * MIB)))
     assert info.end_reason == "oom_killed"
@@ -99,8 +98,7 @@ async def test_many_processes_under_a_small_cpu_limit_die_at_once_all_the_same(t
 
 
 async def test_a_write_limit_holds_for_direct_writes(tmp_path: Path) -> None:
-    target = tmp_path / "file"
-    script = f"dd if=/dev/zero of={target} bs=1M count=20 oflag=direct 2>/dev/null"
+    script = "dd if=/dev/zero of=file bs=1M count=20 oflag=direct 2>/dev/null"
     async with open_runner(tmp_path) as runner:
         free = await run(runner, shell(script, limits=Limits(write_bps=1 << 40)))
         held = await run(runner, shell(script, limits=Limits(write_bps=10 * MIB)))
@@ -113,11 +111,9 @@ async def test_a_write_limit_holds_for_direct_writes(tmp_path: Path) -> None:
 
 
 async def test_a_read_limit_holds_for_direct_reads(tmp_path: Path) -> None:
-    target = tmp_path / "file"
-    target.write_bytes(b"x" * 20 * MIB)
-    script = f"sync {target}; dd if={target} of=/dev/null bs=1M iflag=direct 2>/dev/null"
+    script = "dd if=/dev/zero of=file bs=1M count=20 oflag=direct && dd if=file of=/dev/null bs=1M iflag=direct"
     async with open_runner(tmp_path) as runner:
-        held = await run(runner, shell(script, limits=Limits(read_bps=10 * MIB)))
+        held = await run(runner, shell(script, limits=Limits(read_bps=10 * MIB, write_bps=1 << 40)))
     assert held.usage.wall is not None
     assert 1.6 < held.usage.wall < at_most(3)
 
@@ -146,23 +142,25 @@ async def test_a_flood_of_output_is_paid_for_by_the_job(tmp_path: Path) -> None:
 
 @pytest.fixture
 def other_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system on a block device of its own."""
+    """A file system on a block device of its own, with 20 MiB on it."""
     image, mounted = tmp_path / "image", tmp_path / "mounted"
     mounted.mkdir()
     with image.open("wb") as file:
         file.truncate(64 * MIB)
     subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
     subprocess.run(["mount", "-o", "loop", str(image), str(mounted)], check=True)
+    (mounted / "file").write_bytes(b"x" * 20 * MIB)
+    subprocess.run(["sync", str(mounted / "file")], check=True)
     yield mounted
     subprocess.run(["umount", "-l", str(mounted)], check=True)
 
 
 @pytest.mark.generation("v1")  # the virtual machine has no loop device
 @pytest.mark.requires("command:mkfs.ext4")
-async def test_a_write_limit_holds_on_every_disk_that_a_job_sees(tmp_path: Path, other_disk: Path) -> None:
-    script = f"dd if=/dev/zero of={other_disk}/file bs=1M count=20 oflag=direct 2>/dev/null"
-    async with open_runner(tmp_path) as runner:
-        held = await run(runner, shell(script, limits=Limits(write_bps=10 * MIB)))
+async def test_a_limit_holds_on_every_disk_that_a_job_sees(tmp_path: Path, other_disk: Path) -> None:
+    script = f"dd if={other_disk}/file of=/dev/null bs=1M iflag=direct 2>/dev/null"
+    async with open_runner(tmp_path, show=(str(other_disk),)) as runner:
+        held = await run(runner, shell(script, limits=Limits(read_bps=10 * MIB)))
     assert held.status == "completed"
     assert held.usage.wall is not None
     assert held.usage.wall > 1.6

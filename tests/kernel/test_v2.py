@@ -78,12 +78,12 @@ async def test_a_job_sees_its_own_cgroup_as_the_root(tmp_path: Path) -> None:
 async def test_no_swap_is_used_past_the_memory_limit(tmp_path: Path) -> None:
     assert len(Path("/proc/swaps").read_text().splitlines()) > 1, "the host must have swap, or this would prove nothing"
     async with open_runner(tmp_path) as runner:
-        info = await run(runner, shell(f"exec {sys.executable} -c \"b'x' * (96 << 20)\"", limits=Limits(memory=48 * MIB)))
+        info = await run(runner, shell("exec python3 -c \"b'x' * (96 << 20)\"", limits=Limits(memory=48 * MIB)))
     assert info.end_reason == "oom_killed"
 
 
 async def test_the_kernel_takes_the_whole_job_when_its_memory_runs_out(tmp_path: Path) -> None:
-    script = f"sleep 1000 & (sleep 1000 &) ; {sys.executable} -c \"b'x' * (96 << 20)\"; echo went on"
+    script = "sleep 1000 & (sleep 1000 &) ; python3 -c \"b'x' * (96 << 20)\"; echo went on"
     async with open_runner(tmp_path) as runner:
         job = await runner.start(shell(script, limits=Limits(memory=48 * MIB)))
         data = await output(job)
@@ -94,7 +94,7 @@ async def test_the_kernel_takes_the_whole_job_when_its_memory_runs_out(tmp_path:
 
 
 async def test_buffered_writes_are_held_to_their_rate(tmp_path: Path) -> None:
-    script = f"dd if=/dev/zero of={tmp_path}/file bs=1M count=20 conv=fsync 2>/dev/null"
+    script = "dd if=/dev/zero of=file bs=1M count=20 conv=fsync 2>/dev/null"
     async with open_runner(tmp_path) as runner:
         info = await run(runner, shell(script, limits=Limits(write_bps=10 * MIB)), seconds=30)
     assert info.status == "completed"
@@ -105,7 +105,7 @@ async def test_buffered_writes_are_held_to_their_rate(tmp_path: Path) -> None:
 
 
 async def test_peaks_are_told_at_the_end(tmp_path: Path) -> None:
-    script = f"for i in 1 2 3 4 5; do sleep 0.5 & done; {sys.executable} -c \"b'x' * (40 << 20)\"; wait"
+    script = "for i in 1 2 3 4 5; do sleep 0.5 & done; python3 -c \"b'x' * (40 << 20)\"; wait"
     async with open_runner(tmp_path) as runner:
         info = await run(runner, shell(script, limits=Limits(memory=128 * MIB)))
     assert info.usage.memory_peak is not None

@@ -38,7 +38,7 @@ async def test_a_job_sees_none_of_the_servers_environment(tmp_path: Path, monkey
     async with open_runner(tmp_path) as runner:
         _, data = await run_output(runner, JobSpec("env", env={"MINE": "2"}))
     names = {line.split("=")[0] for line in data.decode().splitlines()}
-    assert names == {"PATH", "HOME", "LANG", "MINE"}
+    assert names == {"PATH", "HOME", "USER", "LOGNAME", "LANG", "MINE"}
 
 
 FAILURES = [
@@ -120,9 +120,10 @@ async def test_the_same_request_id_gives_the_same_job_and_another_request_under_
 
 
 async def test_a_request_id_whose_start_failed_can_be_used_again(tmp_path: Path) -> None:
-    program = tmp_path / "program"
+    program = tmp_path / "shown" / "program"
+    program.parent.mkdir(mode=0o755)
     spec = JobSpec(str(program), request_id="r1")
-    async with open_runner(tmp_path) as runner:
+    async with open_runner(tmp_path, show=(str(program.parent),)) as runner:
         with pytest.raises(StartFailed):
             await runner.start(spec)
         program.write_text("#!/bin/sh\n")

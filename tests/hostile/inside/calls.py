@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 
-from tests.hostile.inside.base import LIBC, Contained, attack, check, reached, syscall
+from tests.hostile.inside.base import LIBC, attack, check, reached, syscall
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWPID = 0x20000, 0x10000000, 0x40000000, 0x20000000
 UNMAPPED = 8
@@ -181,21 +181,3 @@ def type_into_terminal() -> str:
     if number:
         raise OSError(number, os.strerror(number))
     return "typed"
-
-
-@attack
-def allow_core_files() -> str:
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (1 << 20, 1 << 20))
-    return "raised"
-
-
-@attack
-def gain_capability() -> str:
-    """Whatever is left in the bounding set could come back by a file's capabilities."""
-    with open("/proc/self/status") as status:
-        sets = {line.split(":")[0]: int(line.split()[1], 16) for line in status if line.startswith("Cap")}
-    if not any(sets.values()):
-        raise Contained("every set is empty")
-    return ", ".join(name for name, value in sets.items() if value)

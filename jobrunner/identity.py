@@ -1,0 +1,44 @@
+"""The uids of jobs: each that runs has its own, which no other job has had for as long as the range allows.
+
+The range is taken in a circle, so what a job has left behind under its uid is as old as can be when the next job gets that uid.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from jobrunner.errors import LimitReached
+
+__all__ = ["Identities"]
+
+
+class Identities:
+    """A range of uids, each also a gid."""
+
+    def __init__(self, first: int, count: int, begin: int | None = None) -> None:
+        """`begin` is the first to be taken, anywhere by default: who was last is not known after a restart."""
+        self.first = first
+        self.count = count
+        self._taken: set[int] = set()
+        self._next = first + secrets.randbelow(count) if begin is None else begin
+
+    def __repr__(self) -> str:
+        return f"<Identities {self.first}:{self.count} {len(self._taken)} taken>"
+
+    def take(self) -> int:
+        """A uid that nobody has. Raises LimitReached."""
+        for _ in range(self.count):
+            uid = self._next
+            self._next = self.first + (uid + 1 - self.first) % self.count
+            if uid not in self._taken:
+                self._taken.add(uid)
+                return uid
+        raise LimitReached("start job", "job_uids", f"all {self.count} uids are of running jobs")
+
+    def hold(self, uid: int) -> None:
+        """This one is of a job that was found running; it need not be of the range, which may have been another."""
+        self._taken.add(uid)
+
+    def give_back(self, uid: int) -> None:
+        """Nothing runs under it any more, and nothing is left that belongs to it."""
+        self._taken.discard(uid)

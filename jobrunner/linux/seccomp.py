@@ -1,0 +1,93 @@
+"""The filter of system calls that every job has, compiled by libseccomp into the program that seccomp(2) takes.
+
+What is denied is what Docker and its kind deny, by EPERM, so that a program sees what it would see without the right. These are
+the ways to more of the kernel than a job needs, whatever rights it has by mistake: mounts, modules, other namespaces, keys, BPF.
+ptrace(2) stays: a uid and a PID namespace of its own confine it, and debuggers and sanitizers need it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+from typing import Any
+
+from jobrunner.errors import HostError
+
+__all__ = ["REMEDY", "compile_filter"]
+
+REMEDY = "install libseccomp: apt-get install libseccomp2, dnf install libseccomp"
+
+DENIED = (
+    *("mount", "umount", "umount2", "pivot_root", "open_tree", "move_mount", "fsopen", "fsconfig", "fsmount", "fspick"),
+    *("mount_setattr", "open_by_handle_at", "name_to_handle_at", "fanotify_init", "quotactl", "acct", "swapon", "swapoff"),
+    *(
+        "init_module",
+        "finit_module",
+        "delete_module",
+        "kexec_load",
+        "kexec_file_load",
+        "reboot",
+        "syslog",
+        "bpf",
+        "perf_event_open",
+    ),
+    *("keyctl", "add_key", "request_key", "userfaultfd", "setns", "settimeofday", "clock_settime", "stime", "lookup_dcookie"),
+    *("io_uring_setup", "io_uring_enter", "io_uring_register", "iopl", "ioperm", "vm86", "vm86old", "uselib", "nfsservctl"),
+)
+DENIED_NUMBERS = {"quotactl_fd": 443, "open_tree_attr": 467}
+"""Calls that are newer than libseccomp may be; numbers from 424 on are those of every architecture."""
+CLONE_NEWUSER = 0x10000000
+TERMINAL_INPUT = {"TIOCSTI": 0x5412, "TIOCLINUX": 0x541C}
+"""ioctl(2): what is put in there is read by whoever reads the terminal next."""
+FAMILIES = {0: "AF_UNSPEC", 1: "AF_UNIX", 2: "AF_INET", 10: "AF_INET6", 16: "AF_NETLINK"}
+"""socket(2): all that a job may open; the others (AF_VSOCK, AF_ALG, AF_PACKET ...) are EAFNOSUPPORT."""
+HIGHEST_FAMILY = max(FAMILIES)
+PERSONALITIES = {0x00, 0x08}
+"""personality(2): PER_LINUX and PER_LINUX32, with any flag but the next two; 0xffffffff asks."""
+PERSONALITY_ASK_BIT = 0x80000000
+LAXER = (0x00100000, 0x00400000)
+"""MMAP_PAGE_ZERO, READ_IMPLIES_EXEC."""
+WORD = 0xFFFFFFFF
+"""The kernel looks at the lower half of an argument that is an int; the upper half must not hide it."""
+
+
+def compile_filter() -> bytes:
+    """The program. HostError, with the remedy, where libseccomp is not there. A few milliseconds, so not on the loop."""
+    try:
+        import pyseccomp  # it looks for the library when it is imported
+    except (ImportError, RuntimeError, OSError) as exc:
+        raise HostError(f"cannot compile the filter of system calls: libseccomp is not there; {REMEDY}") from exc
+    try:
+        rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+        rules.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.ERRNO(errno.EPERM))
+        rules.set_attr(pyseccomp.Attr.CTL_OPTIMIZE, 2)  # a binary tree: few steps for a call that is allowed
+        _add_rules(rules, pyseccomp)
+        with os.fdopen(os.memfd_create("jobrunner-seccomp"), "w+b") as file:
+            rules.export_bpf(file)
+            file.seek(0)
+            return file.read()
+    except OSError as exc:
+        raise HostError(f"cannot compile the filter of system calls: {exc.strerror}; libseccomp 2.5 or later does") from exc
+
+
+def _add_rules(rules: Any, library: Any) -> None:
+    arg, masked = library.Arg, library.MASKED_EQ
+    denied, unknown = library.ERRNO(errno.EPERM), library.ERRNO(errno.EAFNOSUPPORT)
+    for call in (*DENIED, *DENIED_NUMBERS.values()):
+        rules.add_rule(denied, call)
+    # glibc and musl fall back to clone, whose flags can be looked at; those of clone3 are behind a pointer.
+    rules.add_rule(library.ERRNO(errno.ENOSYS), "clone3")
+    flags = 1 if platform.machine() == "s390x" else 0
+    rules.add_rule(denied, "clone", arg(flags, masked, CLONE_NEWUSER, CLONE_NEWUSER))
+    rules.add_rule(denied, "unshare", arg(0, masked, CLONE_NEWUSER, CLONE_NEWUSER))
+    for command in TERMINAL_INPUT.values():
+        rules.add_rule(denied, "ioctl", arg(1, masked, WORD, command))
+    for family in range(HIGHEST_FAMILY):
+        if family not in FAMILIES:
+            rules.add_rule(unknown, "socket", arg(0, masked, WORD, family))
+    rules.add_rule(unknown, "socket", arg(0, library.GT, HIGHEST_FAMILY))
+    for domain in set(range(0x14)) - PERSONALITIES:
+        rules.add_rule(denied, "personality", arg(0, masked, 0xFF, domain))
+    for flag in LAXER:
+        rules.add_rule(denied, "personality", arg(0, masked, flag | PERSONALITY_ASK_BIT, flag))

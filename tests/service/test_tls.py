@@ -187,3 +187,32 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(
     bad = BAD_FILES[message](pki.server, tmp_path)
     with pytest.raises(ConfigError, match=message):
         make(bad.ca, bad.cert, bad.key)
+
+
+def test_a_key_under_a_passphrase_is_opened_by_its_file(pki: Pki, tmp_path: Path) -> None:
+    key, right, wrong = (
+        encrypted(pki.server.key, tmp_path / "enc"),
+        write(tmp_path / "right", "secret\n"),
+        write(tmp_path / "wrong", "x"),
+    )
+    files = (pki.server.ca, pki.server.cert, key)
+    for make in (server_context, client_context):
+        make(*files, passphrase_file=right)
+        with pytest.raises(ConfigError, match=f"cannot read key {key}: the passphrase in {wrong} does not open it"):
+            make(*files, passphrase_file=wrong)
+        with pytest.raises(ConfigError, match=f"cannot read passphrase file {tmp_path}/none: No such file or directory"):
+            make(*files, passphrase_file=tmp_path / "none")
+        with pytest.raises(ConfigError, match="its first line is empty"):
+            make(*files, passphrase_file=write(tmp_path / "empty", "\nsecret"))
+
+
+async def test_chains_with_an_intermediate_ca_are_verified_on_both_sides(tmp_path: Path) -> None:
+    root = trustme.CA()
+    between = root.create_child_ca()
+    server, admin = issue(tmp_path, between, "server", HOST), issue(tmp_path, between, "admin", "admin@jobrunner")
+    root.cert_pem.write_to_path(tmp_path / "ca.pem")
+    assert server.cert.read_text().count("BEGIN CERTIFICATE") == 2, "the leaf, and the CA between"
+    async with serving(server_of(server)) as port:
+        answer, connection = await ask(port, client_of(admin))
+    assert answer == b"ok"
+    assert connection.version() == "TLSv1.3"

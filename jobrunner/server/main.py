@@ -27,6 +27,7 @@ import typer
 from jobrunner.config import RunnerConfig, ServerConfig, load, load_runner
 from jobrunner.errors import ConfigError, InternalError, JobRunnerError
 from jobrunner.linux.check import Level, everything
+from jobrunner.linux.finding import Finding
 from jobrunner.runner import JobRunner
 from jobrunner.sandbox import needs
 from jobrunner.server import control
@@ -96,9 +97,25 @@ def check(
     """
     with _told():
         findings = everything(needs(load_runner(config, os.environ, {"state_dir": state_dir})))
+        findings += _of_certificates(config, state_dir)
     print(json.dumps([asdict(finding) for finding in findings], indent=2) if as_json else "\n".join(map(str, findings)))
     if any(finding.level is Level.MISSING for finding in findings):
         raise typer.Exit(EXIT_HOST)
+
+
+def _of_certificates(config: Path | None, state_dir: Path | None) -> list[Finding]:
+    """Of those that the settings name; nothing where they name none."""
+    try:
+        settings = load(config, os.environ, {"state_dir": state_dir})
+    except ConfigError:
+        return []
+    try:
+        trust = Trust(settings)
+    except ConfigError as exc:
+        return [Finding(Level.MISSING, "certificates", exc.message, "`jobrunner certs` makes them: docs/certificates.md")]
+    remedy = "`jobrunner certs renew`, and bring the files here"
+    told = [Finding(Level.LIMITED, "certificates", text, remedy) for text in trust.warnings()]
+    return told or [Finding(Level.OK, "certificates", "they hold, the revocation list too" if settings.crl else "they hold")]
 
 
 @app.command()

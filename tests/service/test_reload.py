@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import signal
 import ssl
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -260,3 +263,25 @@ def test_sighup_reads_the_files_again(tmp_path: Path) -> None:
                 assert await client.list() == []
 
         anyio.run(told, server)
+
+
+def test_check_tells_what_is_wrong_with_the_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ca = make_ca(tmp_path / "ca")
+    for key, file in {"CA": "ca.pem", "CERT": "server.pem", "KEY": "server.key", "CRL": "crl.pem"}.items():
+        monkeypatch.setenv(f"JOBRUNNERD_{key}", str(ca / file))
+    assert found(tmp_path) == [("ok", "they hold, the revocation list too")]
+    with Authority.opened(ca) as authority:
+        authority.sign_revoked([], days=3)
+    ((level, what),) = found(tmp_path)
+    assert level == "limited"
+    assert what.startswith("the revocation list of CN=CA ca expires in 3.0 days: everyone is refused then")
+    (ca / "server.key").write_text("nonsense")
+    assert found(tmp_path) == [("missing", f"cannot read key {ca}/server.key: it holds no private key in PEM form")]
+
+
+def found(tmp_path: Path) -> list[tuple[str, str]]:
+    """What `jobrunnerd check` says of certificates."""
+    program = Path(sys.executable).with_name("jobrunnerd")
+    command = [str(program), "check", "--json", f"--state-dir={tmp_path}/state"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    return [(each["level"], each["what"]) for each in json.loads(done.stdout) if each["name"] == "certificates"]

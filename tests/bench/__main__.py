@@ -17,6 +17,7 @@ from jobrunner.config import RunnerConfig
 from jobrunner.errors import JobRunnerError
 from jobrunner.runner import JobRunner
 from tests.bench.fanout import delay, fanout
+from tests.bench.isolation import isolation
 from tests.bench.logwrite import log_writing
 from tests.bench.machine import describe
 from tests.bench.memory import memory
@@ -44,6 +45,7 @@ async def _parts(runner: JobRunner, scratch: Path, sizes: Sizes) -> AsyncIterato
     async with serving(scratch / "server") as (server, client):
         yield await latency(runner, client, scratch, sizes)
         yield await delay(client, sizes)
+    yield await isolation(runner, scratch, sizes)
     async with serving(scratch / "fresh") as (server, client):  # one whose memory is not yet that of a thousand jobs
         yield await memory(server, client, sizes)
         yield await rates(runner, client, sizes)

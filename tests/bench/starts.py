@@ -19,7 +19,7 @@ from jobrunner.shim.launch import LaunchPlan, pack_plan
 from tests.bench.limit import at_once
 from tests.bench.report import Cell, Part, Sizes, quantiles
 
-__all__ = ["latency", "rates"]
+__all__ = ["latency", "launched", "rates"]
 
 TRUE = "/bin/true"
 BWRAP = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", TRUE]
@@ -107,9 +107,13 @@ async def _spawned(command: list[str]) -> None:
 
 
 def _shim(directory: Path) -> Timed:
-    """The helper as the library calls it, without cgroups, in a directory that was made before."""
+    """Without cgroups, in a directory that was made before."""
     (directory / "log").mkdir(parents=True)
-    plan = LaunchPlan(directory=str(directory), command=[TRUE], env={}, hostname="bench")
+    return launched(LaunchPlan(directory=str(directory), command=[TRUE], env={}, hostname="bench"))
+
+
+def launched(plan: LaunchPlan) -> Timed:
+    """The helper as the library calls it."""
     items = os.memfd_create("bench")
     begun = time.perf_counter()
     os.write(items, pack_plan(plan))
@@ -118,7 +122,7 @@ def _shim(directory: Path) -> Timed:
     if done.stdout != b"started\n":
         raise RuntimeError(f"the shim did not start: {done.stdout!r}")
     try:
-        ctl = os.open(directory / "ctl", os.O_WRONLY | os.O_NONBLOCK)
+        ctl = os.open(Path(plan.directory, "ctl"), os.O_WRONLY | os.O_NONBLOCK)
     except OSError:  # ENXIO: it is gone already (fifo(7))
         ctl = -1
     if ctl >= 0:

@@ -16,7 +16,7 @@ what=("$@")
 [ ${#what[@]} -gt 0 ] || what=(
     tests/kernel/test_{v2,endings,limits,cgroup_limits,namespaces,leftovers}.py
     tests/library/test_runner_{start,end,reopen}.py
-    tests/hostile
+    tests/hostile/test_{exhaustion,processes,sockets}.py
     tests/vm/test_unit.py
 )
 factor=${JOBRUNNER_TIME_FACTOR:-10}

@@ -50,7 +50,7 @@ async def _parts(runner: JobRunner, scratch: Path, sizes: Sizes) -> AsyncIterato
         yield await memory(server, client, sizes)
         yield await rates(runner, client, sizes)
         yield await fanout(server, client, sizes)
-    yield await log_writing(runner, scratch, sizes)
+    yield await log_writing(runner, sizes)
     yield await restart(scratch, sizes)
 
 

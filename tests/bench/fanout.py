@@ -86,7 +86,7 @@ async def _expect(process: Process, line: bytes) -> None:
 
 async def delay(client: JobClient, sizes: Sizes) -> Part:
     """From before a job's write(2) to after a follower's receipt, both by this host's clock."""
-    job = await client.start(sys.executable, "-c", TICKER, str(sizes.lines))
+    job = await client.start("/usr/bin/python3", "-c", TICKER, str(sizes.lines))
     taken = []
     async with job.log() as reader:
         while (line := await reader.next_line()) is not None:

@@ -1,8 +1,9 @@
 """The server's settings, and the one place where they are read.
 
 A key is looked for on the command line, then in the environment (`JOBRUNNERD_` and its name in capitals), then in the TOML file,
-and has its default otherwise. Limits are set in the file alone, in the tables `[defaults]` and `[ceilings]`. What is not known is
-refused, so that no misspelt limit is silently off. Relative paths in the file start at the file's directory.
+and has its default otherwise. Tables are in the file alone: limits, `[defaults]` and `[ceilings]`, and what jobs may ask for by
+name (offers.py). What is not known is refused, so that no misspelt limit is silently off. Relative paths in the file start at its
+directory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from jobrunner.errors import ConfigError, InvalidRequest
 from jobrunner.job import Limits, OutputPolicy
+from jobrunner.offers import TABLES, Offers
 from jobrunner.units import parse_address, parse_duration, parse_size
 
 __all__ = ["DEFAULTS", "RunnerConfig", "ServerConfig", "load", "load_runner"]
@@ -32,12 +34,14 @@ DEFAULTS = Limits(
     pids=512,
     read_bps=100_000_000,
     write_bps=100_000_000,
+    tmp_size=256 << 20,
     output_limit=1 << 30,
     output_policy=OutputPolicy.DROP_OLDEST,
 )
 NO_LIMITS = Limits()
 JOB_UIDS = (0x70000000, 65536)
 """Outside of passwd, of the ranges in subuid, and of what systemd takes for itself (systemd's UIDS-GIDS)."""
+NO_OFFERS = Offers()
 CGROUP_LIMITS = ("cpus", "memory", "pids", "read_bps", "write_bps", "read_iops", "write_iops")
 """The limits that a cgroup holds: a host may lack one of them."""
 ON_SHUTDOWN = ("keep", "stop")
@@ -72,6 +76,10 @@ class RunnerConfig:
     """Size of a file of a job's log: dropped whole, so an eighth of the job's output limit at most, and a 64th at least."""
     on_write_error: str = "continue"
     """What becomes of a job whose output cannot be written: `continue` counts what is lost and tells it, `stop` ends the job."""
+    offers: Offers = NO_OFFERS
+    """Root file systems and volumes that a job may ask for."""
+    workspaces: bool = False
+    """Whether a job may ask for a directory that is kept for its user's next one: nothing bounds how large they are."""
     network_host: bool = False
     """Whether a job may ask for the host's network instead of none."""
     job_uids: tuple[int, int] = JOB_UIDS
@@ -267,6 +275,7 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "max_running_per_user": _between(_whole, 1, 1_000_000),
     "segment_bytes": _between(_size, 4096, 1 << 40),
     "on_write_error": _word(*ON_WRITE_ERROR),
+    "workspaces": _flag,
     "network_host": _flag,
     "job_uids": _id_range,
     "show": _host_paths,
@@ -307,6 +316,8 @@ LIMIT_KEYS: Mapping[str, Callable[[object], Any]] = {
     "read_iops": _whole,
     "write_iops": _whole,
     "open_files": _whole,
+    "tmp_size": _size,
+    "work_size": _size,
     "timeout": _seconds,
     "idle_timeout": _seconds,
     "output_limit": _size,
@@ -364,9 +375,11 @@ def _from_file(file: Path) -> tuple[dict[str, Any], dict[str, Limits]]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(what, str(exc)) from exc
     given = {name: raw.pop(name, {}) for name in ("defaults", "ceilings")}
+    offered = {name: raw.pop(name, {}) for name in TABLES}
     found = dict(_converted(what, raw, KEYS))
     base = file.absolute().parent
     found |= {key: base / value for key, value in found.items() if isinstance(value, Path)}
+    found["offers"] = Offers(**dict(_converted(what, offered, TABLES)))
     return found, _limits(what, given)
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "OutputPolicy",
     "Stream",
     "Usage",
+    "Workspace",
     "is_job_id",
     "os_bytes",
     "signal_name",
@@ -159,6 +160,9 @@ class JobInfo:
     signal: int | None = None
     network: str = ""
     """`none` or `host`; empty from a server that does not tell."""
+    root: str = ""
+    volumes: tuple[str, ...] = ()
+    workspace: str = ""
     limits: Limits = field(default_factory=Limits)
     missing: tuple[str, ...] = ()
     """What the host lacks and the configuration allows to be missing, or cannot do in full; one sentence each."""
@@ -169,6 +173,20 @@ class JobInfo:
     stopped_by: str = ""
     message: str = ""
     """One sentence: why it ended, and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """A directory that is kept from one job of a user to the next."""
+
+    user: str
+    name: str
+    used: float
+    """When a job last began with it, seconds since the epoch."""
+    size: int | None = None
+    """Bytes on disk; None while a job has it, because what moves cannot be counted."""
+    held_by: str = ""
+    """The id of the job that has it; empty if none does."""
 
 
 @dataclass(slots=True)
@@ -218,6 +236,9 @@ class Job:
             exit_code=ending.exit_code if ending else None,
             signal=ending.signal if ending else None,
             network=self.spec.network or "none",
+            root=self.spec.root,
+            volumes=self.spec.volumes,
+            workspace=self.spec.workspace,
             limits=self.limits,
             missing=self.missing,
             usage=ending.usage if ending else usage,

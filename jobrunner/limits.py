@@ -12,6 +12,7 @@ __all__ = ["Limits", "OutputPolicy", "check_number"]
 MAX_SECONDS = 10 * 365 * 86400.0
 MAX_SIZE = 1 << 62
 MIN_MEMORY = 1 << 20
+MIN_DIRECTORY = 1 << 16
 MIN_OUTPUT = 1 << 16
 """The shim writes and drops in eighths of the limit, and no less than 4 KiB at once."""
 
@@ -40,6 +41,9 @@ class Limits:
     open_files: int | None = None
     """Open file descriptors of one process (RLIMIT_NOFILE, getrlimit(2))."""
     tmp_size: int | None = None
+    """Bytes of /tmp, and as many of /dev/shm; they are memory, so they count as the job's."""
+    work_size: int | None = None
+    """Bytes of /work, which is memory then; None: it is on the server's disk, and as large."""
     timeout: float | None = None
     """Seconds of wall time until the job is ended, reason `deadline`."""
     idle_timeout: float | None = None
@@ -52,8 +56,10 @@ class Limits:
         check_number("limits.cpus", self.cpus, 0.01, 4096.0)
         _check_count("limits.memory", self.memory, MIN_MEMORY, MAX_SIZE)
         _check_count("limits.pids", self.pids, 2, 1 << 22)
-        for name in ("read_bps", "write_bps", "read_iops", "write_iops", "open_files", "tmp_size"):
+        for name in ("read_bps", "write_bps", "read_iops", "write_iops", "open_files"):
             _check_count(f"limits.{name}", getattr(self, name), 1, MAX_SIZE)
+        for name in ("tmp_size", "work_size"):
+            _check_count(f"limits.{name}", getattr(self, name), MIN_DIRECTORY, MAX_SIZE)
         _check_count("limits.output_limit", self.output_limit, MIN_OUTPUT, MAX_SIZE)
         check_number("limits.timeout", self.timeout, 0.001, MAX_SECONDS)
         check_number("limits.idle_timeout", self.idle_timeout, 0.001, MAX_SECONDS)

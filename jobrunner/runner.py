@@ -19,14 +19,14 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields
 from typing import Any, TypeVar
 
 import anyio.to_thread
 
-from jobrunner import recovery, sandbox
+from jobrunner import places, recovery, sandbox
 from jobrunner.catalog import Catalog
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import (
@@ -40,7 +40,7 @@ from jobrunner.errors import (
 )
 from jobrunner.handle import RunnerJob
 from jobrunner.identity import Identities
-from jobrunner.job import JobSpec, Limits
+from jobrunner.job import JobSpec, Limits, Workspace
 from jobrunner.linux import disk
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
 from jobrunner.linux.host import host_facts
@@ -51,13 +51,13 @@ from jobrunner.record import JobRecord, fingerprint
 from jobrunner.requests import request_key
 from jobrunner.retention import Retention
 from jobrunner.statedir import StateDir
+from jobrunner.workspace import Workspaces
 
 __all__ = ["JobRunner", "RunnerJob"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-NOT_BUILT = ("root", "writable", "user", "volumes", "workspace", "stdin")
-NOT_BUILT_LIMITS = ("tmp_size",)
+NOT_BUILT = ("writable", "user", "stdin")
 REACH_AGAIN = 1.0
 """Seconds between attempts to reach a shim that could not be reached for want of file descriptors, say."""
 FINISH_TIMEOUT = 5.0
@@ -74,6 +74,7 @@ class JobRunner:
         self.inotify = inotify
         self.calls = calls
         self.identities = Identities(*config.job_uids)
+        self.workspaces = Workspaces(state.path / "workspaces", state.removed)
         self.host = host_facts()
         self.chunks = ChunkCache()
         self.catalog = Catalog(self)
@@ -193,9 +194,7 @@ class JobRunner:
                 raise InvalidRequest(name, "this server does not offer it")
         if spec.network == "host" and not self.config.network_host:
             raise InvalidRequest("network", "this server gives jobs no network (network_host = true in its configuration would)")
-        for name in NOT_BUILT_LIMITS:
-            if getattr(spec.limits, name) is not None:
-                raise InvalidRequest(f"limits.{name}", "this server does not offer it")
+        places.check(spec, self.config)
         limits = spec.limits.over(self.config.defaults)
         limits.check_ceilings(self.config.ceilings)
         if self._closing:
@@ -211,8 +210,10 @@ class JobRunner:
         job_id = self._new_id()
         uid = self.identities.take()
         try:
+            self.workspaces.hold(spec, user, job_id)
             cgroup = self._make_cgroup(job_id, spec, limits)
         except BaseException:
+            self.workspaces.release(job_id)
             self.identities.give_back(uid)
             raise
         created, node = time.time(), self.config.node
@@ -224,7 +225,8 @@ class JobRunner:
             raise StartFailed(spec.command, "record", exc.errno or 0) from exc
         # From here on a start that is cut short is recovery's: it alone can tell whether the job runs.
         try:
-            started = await sandbox.launch(record, cgroup, self.state.directory(job_id), self.config, self.calls)
+            mounts = await places.mounts(record, self.config, self.workspaces)
+            started = await sandbox.launch(record, cgroup, self.state.directory(job_id), self.config, self.calls, mounts)
         except StartFailed:
             await self._undo(record, cgroup)
             raise
@@ -236,6 +238,15 @@ class JobRunner:
             started = created
         return self.adopt(record, cgroup, started)
 
+    async def list_workspaces(self) -> Sequence[Workspace]:
+        """The directories that are kept, of all users."""
+        return await anyio.to_thread.run_sync(self.workspaces.list)
+
+    async def remove_workspace(self, user: str, name: str) -> None:
+        """Remove one that no job has. Raises InvalidRequest."""
+        self.workspaces.claim(user, name)
+        await self.finish(anyio.to_thread.run_sync(self.workspaces.remove, user, name))
+
     def _new_id(self) -> str:
         while True:
             job_id = secrets.token_hex(6)
@@ -244,6 +255,7 @@ class JobRunner:
 
     async def _undo(self, record: JobRecord, cgroup: JobCgroup) -> None:
         await cgroup.removed()
+        self.workspaces.release(record.job_id)
         await anyio.to_thread.run_sync(self.state.remove, record.job_id)
         self.identities.give_back(record.uid)
 
@@ -257,6 +269,7 @@ class JobRunner:
         job = RunnerJob(record, self, cgroup, started)
         job.stop_asked_by = stop_asked_by
         self._running[job.job_id] = job
+        self.workspaces.keep(record)
         self.catalog.add(job)
         self._beside(self._watch(job, self._reach(job)))
         return job
@@ -264,6 +277,7 @@ class JobRunner:
     def end(self, job: RunnerJob, left: recovery.Left) -> None:
         """The job has ended, and nothing of it is left but its record and its log."""
         self._running.pop(job.job_id, None)
+        self.workspaces.release(job.job_id)
         ending = left.ending()
         self.catalog.jobs.end(job.job_id, ending.status, ending.ended, left.size)
         job.mark_ended(ending, left.bounds)
@@ -273,6 +287,7 @@ class JobRunner:
     def forget(self, job: RunnerJob) -> None:
         """The job turned out never to have run."""
         self._running.pop(job.job_id, None)
+        self.workspaces.release(job.job_id)
         self.catalog.forget(job.job_id)
 
     def _reach(self, job: RunnerJob) -> bool:

@@ -11,9 +11,11 @@ import contextlib
 import errno
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from jobrunner import places
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import JobRunnerError, StartFailed
 from jobrunner.job import OutputPolicy, signal_number
@@ -22,7 +24,8 @@ from jobrunner.linux.cgroup import CgroupHost, JobCgroup
 from jobrunner.record import JobRecord
 from jobrunner.shim import binary_path
 from jobrunner.shim.exitrecord import read_exit
-from jobrunner.shim.launch import PROTECTIONS, LaunchPlan, pack_plan, parse_report
+from jobrunner.shim.launch import PROTECTIONS, LaunchPlan, VolumeMount, pack_plan, parse_report
+from jobrunner.workspace import TARGET
 
 USER = "job"
 """What every job's user is called inside."""
@@ -43,8 +46,6 @@ HIDE = (
     *("/etc/ssl/private", "/etc/krb5.keytab"),
 )
 """Secrets below what is shown. No job's uid could read most of them anyway; masked, they are not there."""
-TMP_SIZE = 256 << 20
-"""Of /tmp and of /dev/shm, each; what is in them counts as the job's memory."""
 HOST_NAME_MAX = 64
 """sethostname(2)."""
 
@@ -77,7 +78,9 @@ def base_name(state_dir: Path) -> str:
     return f"jobrunner-{hashlib.sha256(os.fsencode(state_dir)).hexdigest()[:8]}"
 
 
-async def launch(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig, calls: bytes) -> float:
+async def launch(
+    record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig, calls: bytes, volumes: Sequence[VolumeMount] = ()
+) -> float:
     """Run the launcher until the job's command has been executed; when that was, by the shim's clock (seconds since the epoch).
     `calls` is the filter of system calls.
 
@@ -85,7 +88,7 @@ async def launch(record: JobRecord, cgroup: JobCgroup, directory: Path, config: 
     """
     try:
         with os.fdopen(os.memfd_create("jobrunner-launch", os.MFD_CLOEXEC), "wb") as items:
-            items.write(pack_plan(_plan(record, cgroup, directory, config, calls)))
+            items.write(pack_plan(_plan(record, cgroup, directory, config, calls, volumes)))
             items.flush()
             process = await asyncio.create_subprocess_exec(
                 binary_path(), stdin=items, stdout=asyncio.subprocess.PIPE, cwd="/", env={}, start_new_session=True
@@ -98,18 +101,25 @@ async def launch(record: JobRecord, cgroup: JobCgroup, directory: Path, config: 
     if report is None:
         raise LauncherLost(f'cannot start "{record.spec.command}": the launcher was killed')
     if not report.started:
-        raise StartFailed(record.spec.command, report.step, report.errno, report.detail)
+        raise StartFailed(record.spec.command, report.step, report.errno, report.detail + places.remedy(report))
     started = read_exit(directory / "exit")  # written just now, so it is in memory
     return started.started_ns / 1e9 if started else record.created
 
 
-def _plan(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig, calls: bytes) -> LaunchPlan:
+def _plan(
+    record: JobRecord,
+    cgroup: JobCgroup,
+    directory: Path,
+    config: RunnerConfig,
+    calls: bytes,
+    volumes: Sequence[VolumeMount],
+) -> LaunchPlan:
     spec, limits = record.spec, record.limits
     return LaunchPlan(
         directory=str(directory),
         command=(spec.command, *spec.args),
         env={**DEFAULT_ENV, **spec.env},
-        cwd=spec.cwd or WORK,
+        cwd=spec.cwd or (TARGET if spec.workspace else WORK),
         hostname=(spec.name or record.job_id)[:HOST_NAME_MAX],
         cgroup_items=cgroup.launch_items(),
         network_host=spec.network == "host",
@@ -126,10 +136,13 @@ def _plan(record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerC
         uid=record.uid,
         gid=record.uid,
         user_name=USER,
-        show=(*SHOW, *config.show),
+        show=() if spec.root else (*SHOW, *config.show),
+        root=places.root_of(spec, config),
+        volumes=volumes,
         mask=(*HIDE, *config.hide, str(config.state_dir.resolve())),
-        work=str(directory / "work"),
-        tmp_size=TMP_SIZE,
+        work="" if limits.work_size else str(directory / "work"),
+        work_size=limits.work_size,
+        tmp_size=limits.tmp_size,
         seccomp=calls,
         protect=PROTECTIONS,
     )

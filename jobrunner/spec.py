@@ -12,7 +12,7 @@ from types import MappingProxyType
 from jobrunner.errors import InvalidRequest
 from jobrunner.limits import Limits, check_number
 
-__all__ = ["JobSpec", "is_job_id", "os_bytes", "signal_name", "signal_number"]
+__all__ = ["JobSpec", "is_job_id", "is_name", "os_bytes", "signal_name", "signal_number"]
 
 MAX_ARG = 131071
 """Longest argument or NAME=VALUE, in bytes without its NUL: MAX_ARG_STRLEN - 1, execve(2)."""

@@ -9,7 +9,7 @@ import typer
 from jobrunner import __version__
 from jobrunner.job import JobStatus, Stream
 from jobrunner.output import Selection
-from jobrunner_cli import certs, submit
+from jobrunner_cli import certs, submit, workspaces
 from jobrunner_cli.exitcodes import job_exit_code
 from jobrunner_cli.session import Settings, connected, say, warn
 from jobrunner_cli.typed import PlainCommand, PlainGroup
@@ -28,6 +28,7 @@ app = typer.Typer(
     cls=PlainGroup,
 )
 app.add_typer(certs.app, name="certs")
+app.add_typer(workspaces.app, name="workspace")
 # A job's own options are not ours: ours end at the first word of its command.
 _OPTIONS_FIRST = {"allow_interspersed_args": False}
 
@@ -64,6 +65,9 @@ def start_or_run(
     env_file: submit.EnvFile = [],  # noqa: B006
     cwd: submit.Cwd = "",
     network: submit.Network = "none",
+    root: submit.Root = "",
+    volume: submit.Volume = [],  # noqa: B006
+    workspace: submit.Workspace = "",
     cpus: submit.Cpus = None,
     memory: submit.Memory = None,
     pids: submit.Pids = None,
@@ -72,6 +76,8 @@ def start_or_run(
     read_iops: submit.ReadIops = None,
     write_iops: submit.WriteIops = None,
     open_files: submit.OpenFiles = None,
+    tmp_size: submit.TmpSize = None,
+    work_size: submit.WorkSize = None,
     timeout: submit.Timeout = None,
     idle_timeout: submit.IdleTimeout = None,
     output_limit: submit.OutputLimit = None,
@@ -91,6 +97,8 @@ def start_or_run(
         read_iops=read_iops,
         write_iops=write_iops,
         open_files=open_files,
+        tmp_size=tmp_size,
+        work_size=work_size,
         timeout=timeout,
         idle_timeout=idle_timeout,
         output_limit=output_limit,
@@ -106,6 +114,9 @@ def start_or_run(
         name,
         cwd=cwd,
         network=network,
+        root=root,
+        volumes=volume,
+        workspace=workspace,
         stop_signal=stop_signal,
         merge=merge,
         request_id=request_id,

@@ -12,14 +12,14 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Any
 
-from jobrunner.job import EndReason, JobInfo, Limits, Usage
+from jobrunner.job import EndReason, JobInfo, Limits, Usage, Workspace
 from jobrunner.units import format_duration, format_size
 from jobrunner_cli.writer import STDERR
 
-__all__ = ["as_json", "details", "ending", "hint", "table"]
+__all__ = ["as_json", "details", "ending", "hint", "table", "workspaces"]
 
 _MOMENTS = ("created", "started", "ended")
-_SIZES = ("memory", "tmp_size", "output_limit", "memory_peak", "read_bytes", "write_bytes")
+_SIZES = ("memory", "tmp_size", "work_size", "output_limit", "memory_peak", "read_bytes", "write_bytes")
 _RATES = ("read_bps", "write_bps")
 _DURATIONS = ("timeout", "idle_timeout", "cpu_user", "cpu_system", "throttled", "wall")
 
@@ -52,8 +52,22 @@ def table(jobs: Sequence[JobInfo], now: float | None = None) -> str:
     for info in jobs:
         age = f"{_age(now - (info.started or info.created))} ago"
         rows.append((info.job_id, str(info.status), _clean(info.name), age, _clean(info.user), _command(info, 60)))
+    return _columns(rows)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     return "\n".join("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]]) for row in rows)
+
+
+def workspaces(found: Sequence[Workspace], now: float | None = None) -> str:
+    """One line for each, under a heading."""
+    now = time.time() if now is None else now
+    rows = [("NAME", "SIZE", "USED", "JOB", "USER")]
+    for one in found:
+        size = "" if one.size is None else format_size(one.size)
+        rows.append((_clean(one.name), size, f"{_age(now - one.used)} ago", one.held_by, _clean(one.user)))
+    return _columns(rows)
 
 
 def details(info: JobInfo) -> str:
@@ -73,6 +87,9 @@ def details(info: JobInfo) -> str:
         **{name: _moment(getattr(info, name)) for name in _MOMENTS if getattr(info, name)},
         "stopped by": _clean(info.stopped_by),
         "network": _clean(info.network),
+        "root": _clean(info.root),
+        "volumes": " ".join(map(_clean, info.volumes)),
+        "workspace": _clean(info.workspace),
         "limits": _numbers(info.limits),
         "usage": _numbers(info.usage),
         "missing": "; ".join(map(_clean, info.missing)),

@@ -40,8 +40,13 @@ __all__ = [
     "ReadBps",
     "ReadIops",
     "RequestId",
+    "Root",
     "StopSignal",
     "Timeout",
+    "TmpSize",
+    "Volume",
+    "WorkSize",
+    "Workspace",
     "WriteBps",
     "WriteIops",
     "count",
@@ -64,6 +69,11 @@ Env = Annotated[list[str], typer.Option("--env", "-e", metavar="NAME=VALUE", hel
 EnvFile = Annotated[list[str], typer.Option("--env-file", metavar="FILE", help="Variables, NAME=VALUE in each line; repeatable.")]
 Cwd = Annotated[str, typer.Option(help="Working directory, absolute.")]
 Network = Annotated[str, typer.Option(metavar="none|host", help="The host's network, if the server allows it.")]
+Root = Annotated[str, typer.Option(metavar="NAME", help="A root file system that the server names.")]
+Volume = Annotated[list[str], typer.Option(metavar="NAME[:ro]", help="A directory that the server names; repeatable.")]
+TmpSize = Annotated[Text, typer.Option(metavar="SIZE", help="Size of /tmp, and of /dev/shm.")]
+WorkSize = Annotated[Text, typer.Option(metavar="SIZE", help="Size of /work, which is memory then.")]
+Workspace = Annotated[str, typer.Option(metavar="NAME", help="A directory kept for your next job, at /workspace.")]
 Cpus = Annotated[Text, typer.Option(metavar="NUMBER", help="CPU time per wall time; 1.5 is one and a half processors.")]
 Memory = Annotated[Text, typer.Option(metavar="SIZE", help="Memory, such as 64MiB or 1G.")]
 Pids = Annotated[Text, typer.Option(metavar="NUMBER", help="Processes and threads at once.")]
@@ -220,6 +230,8 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "read_iops": _integer,
     "write_iops": _integer,
     "open_files": _integer,
+    "tmp_size": parse_size,
+    "work_size": parse_size,
     "timeout": parse_duration,
     "idle_timeout": parse_duration,
     "output_limit": parse_size,

@@ -19,13 +19,13 @@ from jobrunner.client.errors import translated
 from jobrunner.client.reader import ClientOutputReader, OutputCall
 from jobrunner.client.resume import Attempts, Connection
 from jobrunner.errors import ConfigError, InternalError, JobNotFound, JobRunnerError, LimitReached, StopFailed
-from jobrunner.job import EndReason, JobInfo, JobSpec, JobStatus, Limits, Stream
+from jobrunner.job import EndReason, JobInfo, JobSpec, JobStatus, Limits, Stream, Workspace
 from jobrunner.output import Selection
 from jobrunner.tls import client_context
 from jobrunner.units import parse_address
 from jobrunner.wire import messages as pb
 from jobrunner.wire.codec import StrictCodec
-from jobrunner.wire.convert import info_from_wire, limits_from_wire, spec_to_wire, timedelta_from_seconds
+from jobrunner.wire.convert import info_from_wire, limits_from_wire, spec_to_wire, timedelta_from_seconds, workspace_from_wire
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -58,6 +58,11 @@ class ServerFacts:
     draining: bool
     network_host: bool
     """Whether a job may ask for the host's network."""
+    workspaces: bool
+    """Whether a job may ask for a workspace."""
+    roots: tuple[str, ...]
+    volumes: tuple[str, ...]
+    """Names that a job may ask for; `NAME:ro` where it may not write."""
 
 
 class JobClient:
@@ -160,6 +165,9 @@ class JobClient:
             ceilings=limits_from_wire(reply.ceilings),
             draining=reply.draining,
             network_host=reply.network_host,
+            workspaces=reply.workspaces,
+            roots=tuple(reply.roots),
+            volumes=tuple(f"{volume.name}:ro" if volume.read_only else volume.name for volume in reply.volumes),
         )
 
     async def list(
@@ -181,6 +189,17 @@ class JobClient:
             cursor = reply.next_cursor
             if not cursor:
                 return jobs
+
+    async def workspaces(self, *, all_users: bool = False) -> Sequence[Workspace]:
+        """The caller's workspaces, or everyone's."""
+        request = pb.ListWorkspacesRequest(all_users=all_users)
+        reply = await self._unary("ListWorkspaces", request, pb.ListWorkspacesResponse, "list workspaces", self.timeout)
+        return [workspace_from_wire(one) for one in reply.workspaces]
+
+    async def remove_workspace(self, name: str, *, user: str = "") -> None:
+        """Remove a workspace of the caller's, or of this user's. Raises InvalidRequest if there is none, or a job has it."""
+        request = pb.RemoveWorkspaceRequest(name=name, user=user)
+        await self._unary("RemoveWorkspace", request, pb.RemoveWorkspaceResponse, "remove workspace", self.timeout)
 
     @property
     def _channel(self) -> ClientChannel:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["remove_tree", "reown_tree"]
+__all__ = ["remove_tree", "reown_tree", "tree_size"]
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -30,6 +30,11 @@ def remove_tree(top: Path) -> None:
         for directory, name, is_directory in _contents(top):
             (os.rmdir if is_directory else os.unlink)(name, dir_fd=directory)
         top.rmdir()
+
+
+def tree_size(top: Path) -> int:
+    """Bytes that it takes on disk; of a file with several names, as often as it is found."""
+    return sum(os.stat(name, dir_fd=directory, follow_symlinks=False).st_blocks * 512 for directory, name, _ in _contents(top))
 
 
 def _contents(top: Path) -> Iterator[tuple[int, str, bool]]:

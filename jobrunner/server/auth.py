@@ -54,6 +54,8 @@ POLICY: Mapping[str, frozenset[Role]] = {
     "/jobrunner.v1.JobService/Remove": ADMINS,
     "/jobrunner.v1.JobService/WriteInput": ADMINS,
     "/jobrunner.v1.JobService/GetServer": EVERYONE,
+    "/jobrunner.v1.JobService/ListWorkspaces": ADMINS,
+    "/jobrunner.v1.JobService/RemoveWorkspace": ADMINS,
     # The original design's text has no package.
     "/JobService/Start": ADMINS,
     "/JobService/Stop": ADMINS,

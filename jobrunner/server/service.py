@@ -28,6 +28,7 @@ from jobrunner.wire.convert import (
     seconds_from_duration,
     selection_from_wire,
     spec_from_wire,
+    workspace_to_wire,
 )
 from jobrunner.wire.encode import Encoded, encode_output
 
@@ -112,7 +113,21 @@ class JobService(pb.JobServiceBase):
             ceilings=limits_to_wire(config.ceilings),
             draining=self._draining.is_set() or self._runner.is_closing,
             network_host=config.network_host,
+            workspaces=config.workspaces,
+            roots=sorted(config.offers.roots),
+            volumes=[pb.Volume(name=name, read_only=volume.read_only) for name, volume in sorted(config.offers.volumes.items())],
         )
+
+    async def list_workspaces(self, message: pb.ListWorkspacesRequest) -> pb.ListWorkspacesResponse:
+        own = current_identity().user
+        found = await self._runner.list_workspaces()
+        return pb.ListWorkspacesResponse(
+            workspaces=[workspace_to_wire(one) for one in found if message.all_users or one.user == own]
+        )
+
+    async def remove_workspace(self, message: pb.RemoveWorkspaceRequest) -> pb.RemoveWorkspaceResponse:
+        await self._runner.remove_workspace(message.user or current_identity().user, message.name)
+        return pb.RemoveWorkspaceResponse()
 
     async def _list(self, stream: Stream[pb.JobListRequest, Encoded]) -> None:
         request = await stream.recv_message()

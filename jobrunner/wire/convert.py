@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from jobrunner.errors import InvalidRequest
-from jobrunner.job import EndReason, Gap, JobInfo, JobSpec, JobStatus, Limits, OutputPolicy, Stream, Usage
+from jobrunner.job import EndReason, Gap, JobInfo, JobSpec, JobStatus, Limits, OutputPolicy, Stream, Usage, Workspace
 from jobrunner.output import Begin, Chunk, End, Selection
 from jobrunner.wire import messages as pb
 
@@ -34,6 +34,8 @@ __all__ = [
     "timedelta_from_seconds",
     "usage_from_wire",
     "usage_to_wire",
+    "workspace_from_wire",
+    "workspace_to_wire",
 ]
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -101,6 +103,8 @@ TEXT_MAP = Field(lambda value: {readable(key): readable(text) for key, text in v
 DURATION = Field(timedelta_from_seconds, seconds_from_duration)
 MOMENT = Field(datetime_from_seconds, seconds_from_datetime)
 
+VOLUMES = Field(lambda volumes: [_volume_to_wire(text) for text in volumes], lambda volumes: tuple(map(_volume_from_wire, volumes)))
+
 LIMITS: Mapping[str, Field] = {
     "cpus": SAME,
     "memory": SAME,
@@ -111,6 +115,7 @@ LIMITS: Mapping[str, Field] = {
     "write_iops": SAME,
     "open_files": SAME,
     "tmp_size": SAME,
+    "work_size": SAME,
     "timeout": DURATION,
     "idle_timeout": DURATION,
     "output_limit": SAME,
@@ -167,9 +172,7 @@ SPEC: Mapping[str, Field] = {
     "writable": SAME,
     "network": SAME,
     "user": SAME,
-    "volumes": Field(
-        lambda volumes: [_volume_to_wire(text) for text in volumes], lambda volumes: tuple(map(_volume_from_wire, volumes))
-    ),
+    "volumes": VOLUMES,
     "workspace": SAME,
     "stdin": SAME,
 }
@@ -195,6 +198,9 @@ INFO: Mapping[str, Field] = {
     "stopped_by": TEXT,
     "message": TEXT,
     "network": TEXT,
+    "root": TEXT,
+    "volumes": VOLUMES,
+    "workspace": TEXT,
 }
 
 
@@ -228,6 +234,23 @@ def info_from_wire(message: pb.JobInfo) -> JobInfo:
         values["status"] = JobStatus.RUNNING if message.ended is None else JobStatus.FAILED
     log = message.log or pb.LogInfo()
     return JobInfo(**values | {"status": JobStatus(values["status"])}, log_start=log.first_offset, log_end=log.end_offset)
+
+
+WORKSPACE: Mapping[str, Field] = {
+    "user": TEXT,
+    "name": TEXT,
+    "used": Field(datetime_from_seconds, lambda moment: seconds_from_datetime(moment) or 0.0),
+    "size": SAME,
+    "held_by": TEXT,
+}
+
+
+def workspace_to_wire(workspace: Workspace) -> pb.Workspace:
+    return pb.Workspace(**_out(WORKSPACE, workspace))
+
+
+def workspace_from_wire(message: pb.Workspace) -> Workspace:
+    return Workspace(**_in(WORKSPACE, message))
 
 
 STREAMS: Mapping[Stream, pb.OutputStream] = {

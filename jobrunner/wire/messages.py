@@ -42,11 +42,16 @@ from jobrunner.wire.generated.jobrunner.v1 import (
     JobWaitRequest,
     JobWatchRequest,
     Limits,
+    ListWorkspacesRequest,
+    ListWorkspacesResponse,
     LogInfo,
     OutputStream,
+    RemoveWorkspaceRequest,
+    RemoveWorkspaceResponse,
     ServerInfo,
     Usage,
     Volume,
+    Workspace,
 )
 
 __all__ = [
@@ -83,8 +88,12 @@ __all__ = [
     "JobWatchRequest",
     "Limits",
     "ListServiceResponse",
+    "ListWorkspacesRequest",
+    "ListWorkspacesResponse",
     "LogInfo",
     "OutputStream",
+    "RemoveWorkspaceRequest",
+    "RemoveWorkspaceResponse",
     "ServerInfo",
     "ServerReflectionBase",
     "ServerReflectionRequest",
@@ -92,4 +101,5 @@ __all__ = [
     "ServiceResponse",
     "Usage",
     "Volume",
+    "Workspace",
 ]

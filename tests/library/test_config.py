@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 import socket
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from jobrunner.config import DEFAULTS, KEYS, LIMIT_KEYS, RunnerConfig, ServerConfig, load
 from jobrunner.errors import ConfigError
 from jobrunner.job import Limits, OutputPolicy
+from jobrunner.offers import Owner, Volume
 
 CGROUP_DEFAULTS = Limits(cpus=1, memory=1 << 30, pids=512, read_bps=100_000_000, write_bps=100_000_000)
 GIVEN = {"state_dir": "/state", "ca": "/ca", "cert": "/cert", "key": "/key"}
@@ -38,7 +40,7 @@ def test_defaults() -> None:
 
 def test_every_field_has_a_key_and_every_key_a_field() -> None:
     own = {field.name for field in (*fields(ServerConfig), *fields(RunnerConfig))}
-    assert set(KEYS) == own - {"runner", "defaults", "ceilings"}
+    assert set(KEYS) == own - {"runner", "defaults", "ceilings", "offers"}
 
 
 def test_the_command_line_is_before_the_environment_before_the_file(tmp_path: Path) -> None:
@@ -82,6 +84,31 @@ def test_limits_are_tables_over_the_defaults(tmp_path: Path) -> None:
     assert config.runner.ceilings == Limits(cpus=8, memory=2 * 10**9)
 
 
+def test_what_jobs_may_ask_for_is_in_tables(tmp_path: Path) -> None:
+    offers = from_file(
+        tmp_path,
+        """
+        [roots]
+        alpine = "/srv/alpine"
+        [volumes]
+        plain = "/srv/plain"
+        sources = {path = "/srv/sources", read_only = true, owner = "0:0"}
+        cache = {path = "/srv/cache", owner = "1000:100"}
+        named = {path = "/srv/named", owner = "nobody"}
+        nfs = {path = "/srv/nfs", owner = "keep"}
+        """,
+    ).runner.offers
+    nobody = pwd.getpwnam("nobody")
+    assert offers.roots == {"alpine": Path("/srv/alpine")}
+    assert offers.volumes == {
+        "plain": Volume(Path("/srv/plain")),
+        "sources": Volume(Path("/srv/sources"), read_only=True, owner=Owner(0, 0)),
+        "cache": Volume(Path("/srv/cache"), owner=Owner(1000, 100)),
+        "named": Volume(Path("/srv/named"), owner=Owner(nobody.pw_uid, nobody.pw_gid)),
+        "nfs": Volume(Path("/srv/nfs"), keep_owners=True),
+    }
+
+
 def test_limits_have_the_types_of_their_fields(tmp_path: Path) -> None:
     known = {"cpus": "0.5", "timeout": '"2s"', "idle_timeout": "1.5"}
     lines = [f"{key} = {known.get(key, '2000000')}" for key in LIMIT_KEYS]
@@ -118,6 +145,16 @@ def test_limits_have_the_types_of_their_fields(tmp_path: Path) -> None:
         ("[defaults]\noutput_limit = '10k'", "defaults.output_limit: 10000 is not between 65536"),
         ("[defaults]\noutput_policy = 'loud'", "defaults.output_policy: 'loud' is none of drop-oldest, stop"),
         ("[ceilings]\noutput_policy = 'stop'", "ceilings.output_policy: is not known"),
+        ("volumes = 1", "volumes: is not a table"),
+        ("[volumes]\n'a b' = '/x'", "volumes: 'a b' is no name"),
+        ("[volumes]\nx = 'relative'", "volumes: x: 'relative' is not an absolute path"),
+        ("[volumes]\nx = {pth = '/x'}", "volumes: x: pth: is not known"),
+        ("[volumes]\nx = {read_only = true}", "volumes: x: path: is not set"),
+        ("[volumes]\nx = {path = '/x', read_only = 1}", "volumes: x: read_only: 1 is neither true nor false"),
+        ("[volumes]\nx = {path = '/x', owner = '0:0'}", "volumes: x: owner: 0:0 is root, and a job must not write files of root's"),
+        ("[volumes]\nx = {path = '/x', owner = '1000'}", "volumes: x: '1000' has no group"),
+        ("[volumes]\nx = {path = '/x', owner = 'no-such-user'}", "volumes: x: 'no-such-user' is no user of this host"),
+        ("[roots]\nx = 1", "roots: x: 1 is not an absolute path"),
         ("log_level = 'loud'", "log_level: 'loud' is none of"),
         ("state_dir = ''", "state_dir: is empty"),
         ("x = ", "Invalid value"),
@@ -147,7 +184,8 @@ def test_other_places_are_named_too(environ: dict[str, str], overrides: dict[str
 
 
 def test_the_defaults_are_what_the_documents_promise() -> None:
-    assert Limits(output_limit=1 << 30, output_policy=OutputPolicy.DROP_OLDEST).over(CGROUP_DEFAULTS) == DEFAULTS
+    own = Limits(tmp_size=256 << 20, output_limit=1 << 30, output_policy=OutputPolicy.DROP_OLDEST)
+    assert own.over(CGROUP_DEFAULTS) == DEFAULTS
 
 
 def test_the_output_policy_is_a_default(tmp_path: Path) -> None:

@@ -76,9 +76,9 @@ def _left(tmp_path: Path) -> tuple[list[str], list[str], int]:
 @pytest.mark.parametrize(
     ("field", "spec"),
     [
-        ("root", JobSpec("true", root="x")),
+        ("writable", JobSpec("true", writable=True)),
+        ("user", JobSpec("true", user="x")),
         ("stdin", JobSpec("true", stdin=True)),
-        ("limits.tmp_size", JobSpec("true", limits=Limits(tmp_size=1))),
     ],
 )
 async def test_what_is_not_offered_is_refused_and_named(tmp_path: Path, field: str, spec: JobSpec) -> None:

@@ -27,7 +27,7 @@ counts = st.none() | st.integers(2, 1 << 22)
 seconds = st.none() | st.integers(1000, 86_400 * micros).map(lambda value: value / micros)
 moments = st.integers(1, 4_000_000_000 * micros).map(lambda value: value / micros)
 labels = st.dictionaries(texts.filter(bool), texts, max_size=3)
-sized = ("memory", "read_bps", "write_bps", "tmp_size", "output_limit", "open_files", "read_iops", "write_iops")
+sized = ("memory", "read_bps", "write_bps", "tmp_size", "work_size", "output_limit", "open_files", "read_iops", "write_iops")
 limits = st.builds(
     Limits,
     cpus=st.none() | st.floats(0.01, 4096.0),
@@ -77,6 +77,9 @@ infos = st.builds(
     started=st.none() | moments,
     ended=st.none() | moments,
     network=st.sampled_from(["", "none", "host"]),
+    root=texts,
+    volumes=st.lists(names | names.map(lambda name: f"{name}:ro"), max_size=3).map(tuple),
+    workspace=texts,
     end_reason=st.none() | st.sampled_from(EndReason) | st.just("a_newer_word"),
     exit_code=codes,
     signal=codes,

@@ -59,7 +59,7 @@ async def test_a_start_that_fails_says_the_step_and_leaves_no_job(tmp_path: Path
     [
         ({"command": ""}, "cannot start job: command: must not be empty"),
         ({"command": "ls", "args": ["\0"]}, "cannot start job: args[0]: must not contain a NUL byte"),
-        ({"command": "ls", "root": "x"}, "cannot start job: root: this server does not offer it"),
+        ({"command": "ls", "root": "x"}, "cannot start job: root: 'x' is not in this server's configuration; there are: none"),
         (
             {"command": "ls", "network": "host"},
             "cannot start job: network: this server gives jobs no network (network_host = true in its configuration would)",

@@ -35,6 +35,8 @@ TABLE = {
     "/jobrunner.v1.JobService/Remove":                            ("NOT_FOUND",        "PERMISSION_DENIED"),
     "/jobrunner.v1.JobService/WriteInput":                        ("UNIMPLEMENTED",    "PERMISSION_DENIED"),
     "/jobrunner.v1.JobService/GetServer":                         ("OK",               "OK"),
+    "/jobrunner.v1.JobService/ListWorkspaces":                    ("OK",               "PERMISSION_DENIED"),
+    "/jobrunner.v1.JobService/RemoveWorkspace":                   ("INVALID_ARGUMENT", "PERMISSION_DENIED"),
     "/JobService/Start":                                          ("INVALID_ARGUMENT", "PERMISSION_DENIED"),
     "/JobService/Stop":                                           ("OK",               "PERMISSION_DENIED"),
     "/JobService/QueryStatus":                                    ("NOT_FOUND",        "NOT_FOUND"),

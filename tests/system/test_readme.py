@@ -88,10 +88,15 @@ def test_the_library_example_runs_a_job_without_a_server(client_env: Mapping[str
     assert re.fullmatch(r"completed \d+\n", run([sys.executable, "-c", library], client_env, tmp_path))
 
 
-def test_the_settings_example_is_accepted(tmp_path: Path) -> None:
-    file = tmp_path / "jobrunner.toml"
-    file.write_text(*blocks("toml"))
-    settings = load(file, {}, {"state_dir": "state", "ca": "ca.pem", "cert": "server.pem", "key": "server.key"})
+def test_the_settings_examples_are_accepted(tmp_path: Path) -> None:
+    given = {"state_dir": "state", "ca": "ca.pem", "cert": "server.pem", "key": "server.key"}
+    examples = []
+    for block in blocks("toml"):
+        file = tmp_path / "jobrunner.toml"
+        file.write_text(block)
+        examples.append(load(file, {}, given))
+    settings, offering = examples
+    assert (set(offering.runner.offers.volumes), set(offering.runner.offers.roots)) == ({"sources", "cache"}, {"alpine"})
     assert (settings.listen, settings.viewer_output) == ("0.0.0.0:7443", False)
     assert (settings.runner.defaults.memory, settings.runner.ceilings.memory) == (512 << 20, 8 << 30)
 

@@ -28,11 +28,16 @@ __all__ = (
     "JobWaitRequest",
     "JobWatchRequest",
     "Limits",
+    "ListWorkspacesRequest",
+    "ListWorkspacesResponse",
     "LogInfo",
     "OutputStream",
+    "RemoveWorkspaceRequest",
+    "RemoveWorkspaceResponse",
     "ServerInfo",
     "Usage",
     "Volume",
+    "Workspace",
 )
 
 import datetime
@@ -265,6 +270,17 @@ class JobInfo(betterproto2.Message):
     "none" or "host".
     """
 
+    root: "str" = betterproto2.field(22, betterproto2.TYPE_STRING)
+    """
+    As asked for; empty: the host's programs.
+    """
+
+    volumes: "list[Volume]" = betterproto2.field(
+        23, betterproto2.TYPE_MESSAGE, repeated=True
+    )
+
+    workspace: "str" = betterproto2.field(24, betterproto2.TYPE_STRING)
+
 
 default_message_pool.register_message("jobrunner.v1", "JobInfo", JobInfo)
 
@@ -495,7 +511,7 @@ class JobStartRequest(betterproto2.Message):
 
     root: "str" = betterproto2.field(12, betterproto2.TYPE_STRING)
     """
-    A named root of the server's configuration.
+    A root file system that the server's configuration names (ServerInfo.roots), instead of the host's programs.
     """
 
     writable: "bool" = betterproto2.field(13, betterproto2.TYPE_BOOL)
@@ -516,10 +532,14 @@ class JobStartRequest(betterproto2.Message):
     volumes: "list[Volume]" = betterproto2.field(
         16, betterproto2.TYPE_MESSAGE, repeated=True
     )
+    """
+    At /volumes/NAME.
+    """
 
     workspace: "str" = betterproto2.field(17, betterproto2.TYPE_STRING)
     """
-    A directory kept across this user's jobs.
+    A directory kept across this user's jobs, at /workspace, where the job then begins; made when it is first asked for. One job
+    has it at a time: another one's start fails.
     """
 
     stdin: "bool" = betterproto2.field(18, betterproto2.TYPE_BOOL)
@@ -731,7 +751,7 @@ class Limits(betterproto2.Message):
         9, betterproto2.TYPE_UINT64, optional=True
     )
     """
-    Bytes of the private /tmp.
+    Bytes of the private /tmp, and as many of /dev/shm.
     """
 
     timeout: "datetime.timedelta | None" = betterproto2.field(
@@ -766,8 +786,40 @@ class Limits(betterproto2.Message):
     What happens past output_limit: "drop-oldest" or "stop".
     """
 
+    work_size: "int | None" = betterproto2.field(
+        14, betterproto2.TYPE_UINT64, optional=True
+    )
+    """
+    Bytes of /work, which counts as memory then; not set: it is on the server's disk.
+    """
+
 
 default_message_pool.register_message("jobrunner.v1", "Limits", Limits)
+
+
+@dataclass(eq=False, repr=False)
+class ListWorkspacesRequest(betterproto2.Message):
+    all_users: "bool" = betterproto2.field(1, betterproto2.TYPE_BOOL)
+    """
+    Those of everyone, not only the caller's.
+    """
+
+
+default_message_pool.register_message(
+    "jobrunner.v1", "ListWorkspacesRequest", ListWorkspacesRequest
+)
+
+
+@dataclass(eq=False, repr=False)
+class ListWorkspacesResponse(betterproto2.Message):
+    workspaces: "list[Workspace]" = betterproto2.field(
+        1, betterproto2.TYPE_MESSAGE, repeated=True
+    )
+
+
+default_message_pool.register_message(
+    "jobrunner.v1", "ListWorkspacesResponse", ListWorkspacesResponse
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -781,6 +833,31 @@ class LogInfo(betterproto2.Message):
 
 
 default_message_pool.register_message("jobrunner.v1", "LogInfo", LogInfo)
+
+
+@dataclass(eq=False, repr=False)
+class RemoveWorkspaceRequest(betterproto2.Message):
+    name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    user: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+    """
+    Whose; empty: the caller's.
+    """
+
+
+default_message_pool.register_message(
+    "jobrunner.v1", "RemoveWorkspaceRequest", RemoveWorkspaceRequest
+)
+
+
+@dataclass(eq=False, repr=False)
+class RemoveWorkspaceResponse(betterproto2.Message):
+    pass
+
+
+default_message_pool.register_message(
+    "jobrunner.v1", "RemoveWorkspaceResponse", RemoveWorkspaceResponse
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -817,6 +894,23 @@ class ServerInfo(betterproto2.Message):
     network_host: "bool" = betterproto2.field(12, betterproto2.TYPE_BOOL)
     """
     Whether a job may ask for the host's network: network_host in the configuration.
+    """
+
+    roots: "list[str]" = betterproto2.field(13, betterproto2.TYPE_STRING, repeated=True)
+    """
+    Names that a job may ask for.
+    """
+
+    volumes: "list[Volume]" = betterproto2.field(
+        14, betterproto2.TYPE_MESSAGE, repeated=True
+    )
+    """
+    With read_only where a job may not write.
+    """
+
+    workspaces: "bool" = betterproto2.field(15, betterproto2.TYPE_BOOL)
+    """
+    Whether a job may ask for a workspace.
     """
 
 
@@ -905,13 +999,43 @@ default_message_pool.register_message("jobrunner.v1", "Usage", Usage)
 class Volume(betterproto2.Message):
     name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
-    A name of the server's configuration.
+    A name of the server's configuration (ServerInfo.volumes).
     """
 
     read_only: "bool" = betterproto2.field(2, betterproto2.TYPE_BOOL)
 
 
 default_message_pool.register_message("jobrunner.v1", "Volume", Volume)
+
+
+@dataclass(eq=False, repr=False)
+class Workspace(betterproto2.Message):
+    user: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    name: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+    used: "datetime.datetime | None" = betterproto2.field(
+        3,
+        betterproto2.TYPE_MESSAGE,
+        unwrap=lambda: __google__protobuf__.Timestamp,
+        optional=True,
+    )
+    """
+    When a job last began with it.
+    """
+
+    size: "int | None" = betterproto2.field(4, betterproto2.TYPE_UINT64, optional=True)
+    """
+    Bytes on disk; not set while a job has it.
+    """
+
+    held_by: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
+    """
+    Who has it: a job's id; empty if nobody does.
+    """
+
+
+default_message_pool.register_message("jobrunner.v1", "Workspace", Workspace)
 
 
 class JobServiceStub(betterproto2_grpclib.ServiceStub):
@@ -1132,6 +1256,48 @@ class JobServiceStub(betterproto2_grpclib.ServiceStub):
             metadata=metadata,
         )
 
+    async def list_workspaces(
+        self,
+        message: "ListWorkspacesRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "ListWorkspacesResponse":
+        """
+        The directories that are kept from one job of a user to the next.
+        """
+
+        return await self._unary_unary(
+            "/jobrunner.v1.JobService/ListWorkspaces",
+            message,
+            ListWorkspacesResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def remove_workspace(
+        self,
+        message: "RemoveWorkspaceRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "RemoveWorkspaceResponse":
+        """
+        Removes one that no job has.
+        """
+
+        return await self._unary_unary(
+            "/jobrunner.v1.JobService/RemoveWorkspace",
+            message,
+            RemoveWorkspaceResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
 
 from ...google import protobuf as __google__protobuf__
 
@@ -1210,6 +1376,24 @@ class JobServiceBase(betterproto2_grpclib.ServiceBase):
     async def get_server(self, message: "GetServerRequest") -> "ServerInfo":
         """
         The server's version, host, capacity, defaults and ceilings.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def list_workspaces(
+        self, message: "ListWorkspacesRequest"
+    ) -> "ListWorkspacesResponse":
+        """
+        The directories that are kept from one job of a user to the next.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def remove_workspace(
+        self, message: "RemoveWorkspaceRequest"
+    ) -> "RemoveWorkspaceResponse":
+        """
+        Removes one that no job has.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -1299,6 +1483,24 @@ class JobServiceBase(betterproto2_grpclib.ServiceBase):
         response = await self.get_server(request)
         await stream.send_message(response)
 
+    async def __rpc_list_workspaces(
+        self,
+        stream: "grpclib.server.Stream[ListWorkspacesRequest, ListWorkspacesResponse]",
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.list_workspaces(request)
+        await stream.send_message(response)
+
+    async def __rpc_remove_workspace(
+        self,
+        stream: "grpclib.server.Stream[RemoveWorkspaceRequest, RemoveWorkspaceResponse]",
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.remove_workspace(request)
+        await stream.send_message(response)
+
     def __mapping__(self) -> "dict[str, grpclib.const.Handler]":
         return {
             "/jobrunner.v1.JobService/Start": grpclib.const.Handler(
@@ -1360,5 +1562,17 @@ class JobServiceBase(betterproto2_grpclib.ServiceBase):
                 grpclib.const.Cardinality.UNARY_UNARY,
                 GetServerRequest,
                 ServerInfo,
+            ),
+            "/jobrunner.v1.JobService/ListWorkspaces": grpclib.const.Handler(
+                self.__rpc_list_workspaces,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                ListWorkspacesRequest,
+                ListWorkspacesResponse,
+            ),
+            "/jobrunner.v1.JobService/RemoveWorkspace": grpclib.const.Handler(
+                self.__rpc_remove_workspace,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                RemoveWorkspaceRequest,
+                RemoveWorkspaceResponse,
             ),
         }

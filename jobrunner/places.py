@@ -1,0 +1,94 @@
+"""What a job gets of the host by name: its root, its volumes, and the sizes of its own directories, for the launcher's list.
+
+check       may it have them: by the configuration alone, when the request comes
+mounts      whose files are they: by the directories, when it starts
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+
+import anyio.to_thread
+
+from jobrunner.config import RunnerConfig
+from jobrunner.errors import InvalidRequest, StartFailed
+from jobrunner.offers import Volume
+from jobrunner.record import JobRecord
+from jobrunner.shim.launch import Report, VolumeMount
+from jobrunner.spec import JobSpec
+from jobrunner.workspace import Workspaces
+
+__all__ = ["check", "mounts", "remedy", "root_of"]
+
+VOLUMES = "/volumes"
+
+
+def check(spec: JobSpec, config: RunnerConfig) -> None:
+    """Raise InvalidRequest for what the configuration does not offer; it says what there is."""
+    if spec.workspace and not config.workspaces:
+        raise InvalidRequest("workspace", "this server keeps none (workspaces = true in its configuration would)")
+    if spec.root:
+        _offered("root", spec.root, config.offers.roots)
+    for text in spec.volumes:
+        name, read_only = _split(text)
+        _offered("volumes", name, config.offers.volumes)
+        if config.offers.volumes[name].read_only and not read_only:
+            raise InvalidRequest("volumes", f"{name!r} is read-only: ask for {name}:ro")
+
+
+def root_of(spec: JobSpec, config: RunnerConfig) -> str:
+    """The host directory that is the job's root; empty for the host's own programs."""
+    return str(config.offers.roots[spec.root]) if spec.root else ""
+
+
+async def mounts(record: JobRecord, config: RunnerConfig, workspaces: Workspaces) -> list[VolumeMount]:
+    """The job's volumes and its workspace. Raises StartFailed."""
+    if not record.spec.volumes and not record.spec.workspace:
+        return []
+    # A directory may be away for long, so not on the loop.
+    return await anyio.to_thread.run_sync(_mounts, record, config, workspaces)
+
+
+def _mounts(record: JobRecord, config: RunnerConfig, workspaces: Workspaces) -> list[VolumeMount]:
+    spec = record.spec
+    found = [_mount(spec, config.offers.volumes[name], name, read_only) for name, read_only in map(_split, spec.volumes)]
+    if spec.workspace:
+        try:
+            found.append(workspaces.prepare(record.user, spec.workspace, record.uid))
+        except OSError as exc:
+            raise StartFailed(spec.command, "workspace", exc.errno or 0, spec.workspace) from exc
+    return found
+
+
+def remedy(report: Report) -> str:
+    """What to say besides the kernel's reason for a start that failed."""
+    if report.step == "idmap" and report.errno == errno.EINVAL:
+        return ': its file system cannot map ids (Linux 5.12; not NFS); owner = "keep" in [volumes] leaves the owners as they are'
+    return ""
+
+
+def _mount(spec: JobSpec, volume: Volume, name: str, read_only: bool) -> VolumeMount:
+    target = f"{VOLUMES}/{name}"
+    if volume.keep_owners or volume.owner is not None:
+        return VolumeMount(str(volume.path), target, read_only, volume.owner)
+    try:
+        found = volume.path.stat()
+    except OSError as exc:
+        raise StartFailed(spec.command, "volume", exc.errno or 0, name) from exc
+    if 0 not in (found.st_uid, found.st_gid):
+        return VolumeMount(str(volume.path), target, read_only, (found.st_uid, found.st_gid))
+    if not read_only:
+        why = f'{name}: its directory is root\'s, and no job writes as root; give it to another user, or set owner = "UID:GID"'
+        raise StartFailed(spec.command, "volume", 0, why)
+    return VolumeMount(str(volume.path), target, read_only)
+
+
+def _split(text: str) -> tuple[str, bool]:
+    return text.removesuffix(":ro"), text.endswith(":ro")
+
+
+def _offered(field: str, name: str, known: Mapping[str, object]) -> None:
+    if name not in known:
+        there = ", ".join(sorted(known)) or "none"
+        raise InvalidRequest(field, f"{name!r} is not in this server's configuration; there are: {there}")

@@ -1,0 +1,133 @@
+"""Workspaces: directories that are kept from one job of a user to the next, and that one job has at a time.
+
+    STATE/workspaces/<user>/<name>          made for the first job that asks; modified when a job began with it
+    STATE/workspaces/<user>/<name>/files    what jobs see, at /workspace; owned by the uid of the job that it was made for, and
+                                            mapped to that of each later one
+
+Who has one is not on disk: it is the running job whose record asks for it, so a server that restarts knows it again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from jobrunner.errors import InvalidRequest, StartFailed
+from jobrunner.job import Workspace
+from jobrunner.linux.tree import remove_tree, tree_size
+from jobrunner.record import JobRecord
+from jobrunner.shim.launch import VolumeMount
+from jobrunner.spec import JobSpec, is_name
+
+__all__ = ["TARGET", "Workspaces"]
+
+TARGET = "/workspace"
+NAME_MAX = 255
+"""Bytes of one name in a directory: pathname(7)."""
+REMOVAL = "a removal"
+
+Key = tuple[str, str]
+"""User and name."""
+
+
+class Workspaces:
+    """Those of one state directory. What looks at the disk is not for the event loop; `hold`, `release` and `holder` are."""
+
+    def __init__(self, path: Path, removed: Path) -> None:
+        """`removed` is where things go on their way out: what a crash leaves there is removed by the next server."""
+        self.path = path
+        self._removed = removed
+        self._held: dict[Key, str] = {}
+
+    def __repr__(self) -> str:
+        return f"<Workspaces {self.path} {len(self._held)} held>"
+
+    def hold(self, spec: JobSpec, user: str, job_id: str) -> None:
+        """The job has what it asks for from here on. Raises StartFailed that says who has it; InvalidRequest."""
+        name = spec.workspace
+        if not name:
+            return
+        if len(_encoded(user)) > NAME_MAX:
+            raise InvalidRequest("workspace", f"the user's name is too long to keep one: more than {NAME_MAX} bytes, encoded")
+        holder = self._held.get((user, name))
+        if holder is not None:
+            raise StartFailed(spec.command, "workspace", 0, f"{name} is in use by {holder}")
+        self._held[user, name] = f"job {job_id}"
+
+    def keep(self, record: JobRecord) -> None:
+        """This job runs; a server before this one may have started it."""
+        if record.spec.workspace:
+            self._held[record.user, record.spec.workspace] = f"job {record.job_id}"
+
+    def release(self, job_id: str) -> None:
+        """The job is gone, and nothing of it runs."""
+        for key in [key for key, holder in self._held.items() if holder == f"job {job_id}"]:
+            del self._held[key]
+
+    def prepare(self, user: str, name: str, uid: int) -> VolumeMount:
+        """Make it if it is not there; OSError if that cannot be."""
+        place = self._place(user, name)
+        files = place / "files"
+        for directory in (self.path, place.parent, place):
+            directory.mkdir(mode=0o700, exist_ok=True)
+        if not files.is_dir():
+            # Order: it is there with its owner or not at all, or a crash would leave one of root's.
+            made = place / ".new"
+            made.mkdir(mode=0o700, exist_ok=True)
+            os.chown(made, uid, uid)
+            made.rename(files)
+        os.utime(place)
+        found = files.stat()
+        return VolumeMount(str(files), TARGET, False, (found.st_uid, found.st_gid))
+
+    def list(self) -> list[Workspace]:
+        """All, by user and name."""
+        found = []
+        for user in _names(self.path):
+            for name in _names(self.path / user):
+                key = (_decoded(user), name)
+                holder = self._held.get(key, "")
+                size = None if holder else tree_size(self.path / user / name)
+                used = (self.path / user / name).stat().st_mtime
+                found.append(Workspace(*key, used, size, holder.removeprefix("job ")))
+        return found
+
+    def claim(self, user: str, name: str) -> None:
+        """Keep jobs from it while it is removed. Raises InvalidRequest if there is none, or a job has it."""
+        holder = self._held.get((user, name))
+        if holder is not None:
+            raise InvalidRequest("name", f"{name} is in use by {holder}", verb="remove workspace")
+        if len(_encoded(user)) > NAME_MAX or not is_name(name) or not self._place(user, name).is_dir():
+            raise InvalidRequest("name", f"{name!r} is no workspace of this user", verb="remove workspace")
+        self._held[user, name] = REMOVAL
+
+    def remove(self, user: str, name: str) -> None:
+        """Remove one that was claimed."""
+        try:
+            gone = self._removed / f"workspace.{time.time_ns()}"
+            self._place(user, name).rename(gone)
+            remove_tree(gone)
+        finally:
+            del self._held[user, name]
+
+    def _place(self, user: str, name: str) -> Path:
+        return self.path / _encoded(user) / name
+
+
+def _names(directory: Path) -> list[str]:
+    """Of the directories in it."""
+    if not directory.is_dir():
+        return []
+    with os.scandir(directory) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+
+
+def _encoded(user: str) -> str:
+    """A name for a directory: no user's is `.`, hidden, empty, or another's."""
+    return quote(user, safe="", errors="surrogateescape").replace(".", "%2E") or "%"
+
+
+def _decoded(name: str) -> str:
+    return "" if name == "%" else unquote(name, errors="surrogateescape")

@@ -235,6 +235,7 @@ def load_one(runner: JobRunner, job_id: str) -> tuple[RunnerJob, Left] | None:
         record = runner.state.load(job_id)
         exit_record = runner.state.exit_record(job_id)
         job = RunnerJob(record, runner, None, exit_record.started_ns / 1e9 if exit_record else record.created)
+        runner.state.finish_reown(job_id)
         return job, look(runner, job, False)
     except FileNotFoundError:  # a crash while it was made
         runner.state.remove(job_id)

@@ -156,6 +156,16 @@ class StateDir:
         """What an ended job has left in its work directory becomes root's, so that its uid can be another job's. Raises OSError."""
         reown_tree(self.directory(job_id) / "work")
 
+    def finish_reown(self, job_id: str) -> None:
+        """The same where a crash came before it or in the middle: the directory itself is the last to be root's."""
+        try:
+            if (self.directory(job_id) / "work").lstat().st_uid != 0:
+                self.reown(job_id)
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            logger.error("cannot take over the work directory of job %s: %s", job_id, exc)
+
     def remove(self, *job_ids: str) -> None:
         """Remove all of these jobs. A crash leaves each whole, or out of sight and removed for good by the next `find`."""
         taken = [self.removed / job_id for job_id in job_ids]

@@ -123,6 +123,17 @@ async def test_a_marker_that_was_lost_loses_no_job(tmp_path: Path) -> None:
         assert (await again.stop()).end_reason == "stopped"
 
 
+async def test_a_work_directory_that_a_crash_left_the_jobs_own_becomes_roots(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        info = await run(runner, shell("mkdir /work/inner; echo x > /work/inner/file"))
+        work = runner.state.directory(info.job_id) / "work"
+    for path in (work, work / "inner", work / "inner" / "file"):
+        os.chown(path, 54321, 54321)
+    async with open_runner(tmp_path):
+        pass
+    assert [path.stat().st_uid for path in (work, work / "inner", work / "inner" / "file")] == [0, 0, 0]
+
+
 async def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path) -> None:
     async with open_runner(tmp_path) as runner:
         info = await run(runner, JobSpec("true"))

@@ -73,35 +73,41 @@ int open_inside(int root, const char *path)
 	return open_in_root(root, path, O_PATH);
 }
 
-/* The directory `path` below `root`, made with those above it where it is not there. */
+/*
+ * The directory `path` below `root`, made with those above it where it is not there. One name at a time, each in a directory that was
+ * found inside: a link of the root's (a named root is anybody's) would lead mkdirat(2) out to the host, whose root is still ours.
+ */
 int make_directory(int root, const char *path)
 {
 	char partial[PATH_MAX];
-	snprintf(partial, sizeof partial, "%s", path + 1);
-	for (char *end = strchr(partial, '/'); end; end = strchr(end + 1, '/')) {
-		*end = '\0';
-		mkdirat(root, partial, 0755);
-		*end = '/';
+	snprintf(partial, sizeof partial, "%s", path);
+	int directory = open_inside(root, "/");
+	for (char *name = partial + 1; name && directory >= 0;) {
+		char *end = strchr(name, '/');
+		if (end)
+			*end = '\0';
+		mkdirat(directory, name, 0755);		/* one that is there, or cannot be made, shows when it is opened */
+		close(directory);
+		directory = open_inside(root, partial);
+		if (end)
+			*end = '/';
+		name = end ? end + 1 : NULL;
 	}
-	/* One that is there, or cannot be made, shows when it is opened. */
-	mkdirat(root, partial, 0755);
-	return open_inside(root, path);
+	return directory;
 }
 
 /* The same for a file, to mount another one on. */
 int make_file(int root, const char *path)
 {
 	char above[PATH_MAX];
-	int length = (int)(strrchr(path, '/') - path);
-	if (length > 0) {
-		snprintf(above, sizeof above, "%.*s", length, path);
-		int directory = make_directory(root, above);
-		if (directory < 0)
-			return -1;
-		close(directory);
-	}
-	int file = openat(root, path + 1, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC | O_NOFOLLOW, 0444);
+	const char *name = strrchr(path, '/') + 1;
+	snprintf(above, sizeof above, "%.*s", (int)(name - 1 - path), path);
+	int directory = *above ? make_directory(root, above) : open_inside(root, "/");
+	if (directory < 0)
+		return -1;
+	int file = openat(directory, name, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC | O_NOFOLLOW, 0444);
 	if (file >= 0)
 		close(file);
+	close(directory);
 	return open_inside(root, path);
 }

@@ -205,6 +205,18 @@ def test_a_root_of_its_own_by_directory(job: ShimJob, tmp_path: Path) -> None:
     assert inside(job, "cat /etc/here; ls /etc", show=(), root=str(root), volumes=volume) == "named\nhere\n"
 
 
+def test_no_link_of_a_named_root_leads_to_the_host(job: ShimJob, tmp_path: Path) -> None:
+    root, host = tmp_path / "root", tmp_path / "host"
+    (root / "etc").mkdir(parents=True)
+    host.mkdir()
+    (root / "out").symlink_to(host)
+    (root / "etc" / "group").symlink_to("passwd")
+    os.mkfifo(root / "etc" / "passwd")  # which nobody writes to
+    report = job.start("/true", root=str(root), uid=UID, gid=UID, user_name="job", volumes=[VolumeMount("/usr", "/out/made")])
+    assert (report.step, report.errno) == ("volume", 2)
+    assert list(host.iterdir()) == []
+
+
 def test_steps_that_fail_are_told(job: ShimJob, tmp_path: Path) -> None:
     failing: list[tuple[str, int, dict[str, Any]]] = [
         ("root", 2, {"root": "/no/such"}),

@@ -13,7 +13,7 @@ import re
 import socket
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -342,7 +342,10 @@ def load(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[
             where = f"configuration {toml_file}" if toml_file else "configuration"
             raise ConfigError(where, f"{key}: is not set; give --{key.replace('_', '-')} or {PREFIX}{key.upper()}")
     own = {field.name for field in fields(ServerConfig)}
-    return ServerConfig(runner=_runner(found), **{key: value for key, value in found.items() if key in own})
+    runner = _runner(found)
+    # Jobs may see the directory that it is in, /etc for instance.
+    runner = replace(runner, hide=(*runner.hide, os.path.realpath(found["key"])))
+    return ServerConfig(runner=runner, **{key: value for key, value in found.items() if key in own})
 
 
 def load_runner(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> RunnerConfig:

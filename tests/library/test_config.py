@@ -28,7 +28,7 @@ def from_file(tmp_path: Path, text: str, environ: dict[str, str] | None = None, 
 def test_defaults() -> None:
     config = load(None, {}, GIVEN)
     assert config == ServerConfig(
-        runner=RunnerConfig(state_dir=Path("/state"), node=socket.gethostname()),
+        runner=RunnerConfig(state_dir=Path("/state"), node=socket.gethostname(), hide=("/key",)),
         ca=Path("/ca"),
         cert=Path("/cert"),
         key=Path("/key"),
@@ -192,3 +192,27 @@ def test_the_output_policy_is_a_default(tmp_path: Path) -> None:
     config = from_file(tmp_path, 'on_write_error = "stop"\n[defaults]\noutput_policy = "stop"\noutput_limit = "64MiB"\n').runner
     assert (config.defaults.output_policy, config.defaults.output_limit) == (OutputPolicy.STOP, 64 << 20)
     assert config.on_write_error == "stop"
+
+
+def test_the_servers_key_is_hidden_from_jobs(tmp_path: Path) -> None:
+    key = tmp_path / "server.key"
+    (tmp_path / "link.key").symlink_to(key)
+    config = from_file(tmp_path, 'hide = ["/etc/mine"]', key=tmp_path / "link.key")
+    assert config.runner.hide == ("/etc/mine", str(key))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('job_uids = "0:5"', "job_uids: '0:5' is no range of uids; root's is not for jobs"),
+        ('job_uids = "5"', "job_uids: '5' is not FIRST:COUNT"),
+        ('job_uids = "4294967290:10"', "job_uids: '4294967290:10' is no range"),
+        ('show = ["/"]', "show: '/' is not an absolute path below /"),
+        ('show = ["srv"]', "show: 'srv' is not an absolute path"),
+        ('hide = ["/etc/../root"]', "hide: '/etc/../root' is not an absolute path"),
+    ],
+)
+def test_what_is_no_range_or_path_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_file(tmp_path, text)
+    assert reason in caught.value.message

@@ -20,19 +20,24 @@
 enum { OUT, ERR, INIT, CHANNEL, CTL, OOM, N_WATCHED };
 
 /*
- * The one way to end a job: with init goes everything in its PID namespace (pid_namespaces(7)).
- *
- * Dying takes CPU time, and hundreds of processes under a small CPU limit would take minutes to die: the limit goes with the kill,
- * after which nothing of the job's own runs any more.
+ * With init goes everything in its PID namespace (pid_namespaces(7)), whether it goes by our kill, after its command's own end, or by
+ * the kernel's kill of the whole cgroup. Dying takes CPU time, and hundreds of processes under a small CPU limit would take minutes
+ * to die: the limit goes with init. The signal makes sure that it does go, whoever spoke in its name, before the limit does.
  */
-void kill_init(struct job *job)
+static void let_it_die(const struct job *job)
 {
 	const struct places *places = job->places;
-	job->killed = true;
-	job->kill_at = NEVER;
 	send_signal(job->init, SIGKILL);
 	if (places->cpu_quota >= 0)
 		write_all(places->cpu_quota, places->no_quota, strlen(places->no_quota));
+}
+
+/* The one way to end a job that has not ended by itself. */
+void kill_init(struct job *job)
+{
+	job->killed = true;
+	job->kill_at = NEVER;
+	let_it_die(job);
 }
 
 /*
@@ -78,6 +83,7 @@ bool take_messages(struct job *job)
 		if (message.kind == SAY_EXITED) {
 			job->exited = true;
 			job->wait_status = message.value;
+			let_it_die(job);
 		}
 	}
 	return n < 0 && errno == EAGAIN;
@@ -165,6 +171,7 @@ void supervise(struct job *job)
 		if (watched[CHANNEL].revents && !take_messages(job)) {
 			close(job->channel);	/* a hang-up would spin until the kernel has ended the namespace */
 			job->channel = -1;
+			let_it_die(job);
 		}
 	} while (!watched[INIT].revents);
 }

@@ -4,8 +4,8 @@ OWN                 where the server was started; subtree_control: all that is t
 └─ BASE             likewise
     ├─ server       the server itself, moved here once if OWN is not the root: a cgroup that hands out controllers holds no process
     └─ jobs         likewise
-        └─ <id>     cpu.max, so that copying a flood of output is paid for by the job; subtree_control: memory pids io
-            ├─ shim
+        └─ <id>     cpu.max, so that copying a flood of output is paid for by the job; subtree_control: cpu memory pids io
+            ├─ shim half of that CPU time if it wants it, or hundreds of processes would keep it from its timers and from a stop
             └─ job  memory.max, memory.swap.max 0, memory.oom.group 1, pids.max, io.max
 """
 
@@ -29,7 +29,6 @@ from jobrunner.linux.mountinfo import CgroupMount
 __all__ = ["CgroupV2", "CgroupV2Host"]
 
 CONTROLLERS = ("cpu", "memory", "pids", "io")
-BELOW_JOB = ("memory", "pids", "io")
 PERIOD = 100_000
 MIN_QUOTA = 1000
 MAX_PERIOD = 1_000_000
@@ -112,6 +111,7 @@ class CgroupV2Host:
             for directory in (base, self._jobs):
                 _hand_down(directory, self._controllers)
         except OSError as exc:
+            self.close()
             raise HostError(f"cannot hand down cgroup controllers: {exc.strerror}; {kernfs.REMEDY}") from exc
 
     def __repr__(self) -> str:
@@ -132,7 +132,7 @@ class CgroupV2Host:
                 kernfs.make(directory)
                 made.insert(0, directory)
             try:
-                _hand_down(top, [name for name in BELOW_JOB if name in self._controllers])
+                _hand_down(top, self._controllers)
             except OSError as exc:
                 raise HostError(f"cannot hand down cgroup controllers: {exc.strerror}; {kernfs.REMEDY}") from exc
             outcome = Outcome(allow_missing, explicit)

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
 import pytest
 
 from jobrunner import JobSpec, Limits
-from jobrunner.errors import HostError
+from jobrunner.errors import HostError, StopFailed
 from jobrunner.linux.cgroup import CgroupHost
 from jobrunner.linux.disk import disks_under
 from jobrunner.linux.mountinfo import own_cgroups
@@ -199,3 +200,23 @@ def test_a_cgroup_that_others_are_in_is_refused_with_the_remedy(delegated: Path)
         other.kill()
         other.communicate()
     assert "other processes are in it; start the server in a cgroup of its own (systemd: Delegate=yes)" in err
+
+
+SPINNERS = "import os\nprint(flush=True)\nwhile True:\n  try: os.fork()\n  except OSError: pass"  # each of them goes on to spin
+
+
+@pytest.mark.timeout(600)
+async def test_a_stop_gets_through_to_the_shim_beside_hundreds_of_spinning_processes(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        job = await runner.start(JobSpec(sys.executable, ("-c", SPINNERS), limits=Limits(cpus=2, pids=300)))
+        assert job.cgroup is not None
+        top = Path(job.cgroup.paths["unified"])
+        with fail_after(20):
+            while int(text(top / "job" / "pids.current")) < 290:  # noqa: ASYNC110  # the kernel's state
+                await anyio.sleep(0.1)
+        (top / "cpu.max").write_text("5000 100000")  # only now: the births take CPU time too
+        with fail_after(6):
+            with suppress(StopFailed):  # they may take longer to die here than a stop waits
+                await job.stop(grace=0)
+            info = await job.wait()
+    assert (info.end_reason, info.signal) == ("stopped", 9)

@@ -146,8 +146,12 @@ class CgroupV1Host:
             if key in mounts
         }
         self._parent_cpu = self._jobs["cpu"].parent.parent if "cpu" in self._jobs else None
-        for directory in self._jobs.values():
-            kernfs.make(directory, exist_ok=True)
+        try:
+            for directory in self._jobs.values():
+                kernfs.make(directory, exist_ok=True)
+        except BaseException:
+            self.close()
+            raise
         self._files = {file for name, file in _OPTIONAL if name in self._jobs and (self._jobs[name] / file).exists()}
         if "cgroup.kill" not in self._files and UNIFIED in self._jobs:
             jobs = self._jobs.pop(UNIFIED)

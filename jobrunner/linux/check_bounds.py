@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,9 +37,11 @@ def bounds(needs: Needs) -> Iterator[Finding]:
 
 def _state_dir(path: Path) -> Finding:
     there = existing(path)
-    if not os.access(there, os.W_OK | os.X_OK):
+    try:  # there are file systems that access(2) calls writable, and that take no directory: proc(5)
+        Path(tempfile.mkdtemp(prefix=".jobrunner-check-", dir=there)).rmdir()
+    except OSError as exc:
         remedy = "another --state-dir; docker: a volume for it, -v jobrunner:/var/lib/jobrunner; systemd: StateDirectory=jobrunner"
-        return Finding(Level.MISSING, "state directory", f"{path}: {there} cannot be written to", remedy)
+        return Finding(Level.MISSING, "state directory", f"{path}: {there} cannot be written to: {exc.strerror}", remedy)
     aside = [name for name in _names(path / "corrupt") if not name.endswith(".why")]
     if aside:
         what = f"{path}: {len(aside)} files or directories in it were damaged or not jobrunner's, {min(aside)} for instance"

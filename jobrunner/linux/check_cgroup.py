@@ -34,7 +34,7 @@ SAMPLE = Limits(cpus=1.0, memory=64 << 20, pids=64, read_bps=1 << 30, write_bps=
 _V2 = "boot with systemd.unified_cgroup_hierarchy=1 (cgroup v2)"
 _CONTROLLER = (
     "on the host: mkdir -p /sys/fs/cgroup/{0} && mount -t cgroup -o {0} cgroup /sys/fs/cgroup/{0} (for memory perhaps with "
-    "cgroup_enable=memory on the kernel's command line); docker: --privileged; or name the limit in allow_missing"
+    "cgroup_enable=memory on the kernel's command line), before the container is made; or name the limit in allow_missing"
 )
 _V2_CONTROLLER = (
     "systemd: Delegate=yes, and {0} in the cgroup.subtree_control of every cgroup above; where cgroup v1 holds it: boot with "
@@ -43,6 +43,7 @@ _V2_CONTROLLER = (
 _UNIFIED = "Linux 5.14 or later; beside v1: mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified"
 _SWAP = "boot with swapaccount=1, or swapoff -a"
 _DISK = "put state_dir on a file system with a disk of its own (ext4, xfs), or name the limit in allow_missing"
+_OTHER_DISK = "let jobs write where state_dir is, whose disk is limited (docker: --read-only; compose: read_only: true)"
 
 
 def cgroups(needs: Needs) -> list[Finding]:
@@ -74,8 +75,8 @@ def _controllers(host: CgroupHost, needs: Needs) -> Iterator[Finding]:
     for controller, names in OF_CONTROLLER.items():
         found = [_apply(host, needs, controller, name, disks) for name in names]
         worst = max((finding.level for finding in found), key=list(Level).index)
-        whats = dict.fromkeys(finding.what for finding in found if finding.level is worst)
-        remedies = dict.fromkeys(finding.remedy for finding in found if finding.level is worst)
+        whats = dict.fromkeys(what for finding in found if finding.level is worst for what in finding.what.split("; "))
+        remedies = dict.fromkeys(remedy for finding in found if finding.level is worst for remedy in finding.remedy.split("; "))
         yield Finding(worst, f"cgroup {controller}", "; ".join(whats), "; ".join(remedies))
 
 
@@ -91,7 +92,7 @@ def _apply(host: CgroupHost, needs: Needs, controller: str, name: str, disks: li
     except HostError as exc:
         return from_error(title, exc)
     try:
-        return _partly(title, controller, cgroup) or Finding(Level.OK, title, "its limits can be set")
+        return _partly(title, controller, cgroup, disks) or Finding(Level.OK, title, "its limits can be set")
     finally:
         cgroup.remove()
 
@@ -114,11 +115,12 @@ def _lacking(host: CgroupHost, controller: str, exc: LimitNotApplied) -> Finding
     return Finding(Level.MISSING, f"cgroup {controller}", what, remedy or _CONTROLLER.format(OF_V1.get(controller, controller)))
 
 
-def _partly(title: str, controller: str, cgroup: JobCgroup) -> Finding | None:
+def _partly(title: str, controller: str, cgroup: JobCgroup, disks: list[disk.Disk]) -> Finding | None:
     """What the cgroup itself says that it does not hold."""
     if not cgroup.missing:
         return None
-    remedies = dict.fromkeys(_V2 if what == BUFFERED else _SWAP if controller == "memory" else _DISK for what in cgroup.missing)
+    io = _OTHER_DISK if disks[0].device else _DISK  # the first is the state directory's
+    remedies = dict.fromkeys(_V2 if what == BUFFERED else _SWAP if controller == "memory" else io for what in cgroup.missing)
     return Finding(Level.LIMITED, title, "; ".join(cgroup.missing), "; ".join(remedies))
 
 

@@ -34,7 +34,8 @@ BATCH = 256
 ROUNDS = 16
 PAGE = os.sysconf("SC_PAGE_SIZE")
 REMEDY = (
-    "the server needs a writable cgroup tree (docker: --privileged or --cgroupns=host with /sys/fs/cgroup, systemd: Delegate=yes)"
+    "the server needs a writable cgroup tree (start it with sudo; docker: the image's own entrypoint, with --cap-add SYS_ADMIN "
+    "--security-opt apparmor=unconfined; systemd: Delegate=yes)"
 )
 
 

@@ -108,6 +108,19 @@ def test_a_read_only_cgroup_tree_is_told() -> None:
 
 
 @pytest.mark.skipif(not ON_V1, reason="controllers are mounts of their own on cgroup v1 only")
+def test_a_tree_of_which_a_part_is_read_only_is_told_and_left_as_it_was() -> None:
+    _, found = check("mount -o bind,ro /sys/fs/cgroup/memory /sys/fs/cgroup/memory")
+    assert "Read-only file system" in found["cgroup"]["what"]
+    assert [path for path, _, _ in os.walk("/sys/fs/cgroup") if "jobrunner-check" in path] == []
+
+
+@pytest.mark.parametrize("where", ["/proc/state", "/dev/null"])
+def test_a_state_directory_that_cannot_be_made_is_told(where: str) -> None:
+    code, found = check(options=f"--state-dir {where}")
+    assert (code, found["state directory"]["level"]) == (3, "missing")
+
+
+@pytest.mark.skipif(not ON_V1, reason="controllers are mounts of their own on cgroup v1 only")
 def test_a_controller_that_is_not_there_is_told() -> None:
     code, found = check(NO_PIDS)
     assert (code, found["cgroup pids"]["level"]) == (3, "missing")

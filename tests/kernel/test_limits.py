@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -105,9 +104,7 @@ DYING_CPUS = 0.02
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("how", ["a kill", "its own end", "its stop signal"])
 async def test_what_a_job_leaves_does_not_die_under_the_cpu_limit(tmp_path: Path, how: str) -> None:
-    go = tmp_path / "go"
-    os.mkfifo(go)
-    script = f"n=0; while [ $n -lt 250 ]; do sleep 1000 & n=$((n+1)); done; echo up; read _ <{go}; exit 7"
+    script = "mkfifo go; n=0; while [ $n -lt 250 ]; do sleep 1000 & n=$((n+1)); done; echo up; read _ <go; exit 7"
     async with open_runner(tmp_path) as runner, anyio.create_task_group() as stopping:
         job = await runner.start(shell(script, limits=Limits(cpus=2, pids=300, memory=256 * MIB)))
         async with job.log() as reader:
@@ -116,6 +113,7 @@ async def test_what_a_job_leaves_does_not_die_under_the_cpu_limit(tmp_path: Path
         paths = job.cgroup.paths
         quota = Path(paths["cpu"], "cpu.cfs_quota_us") if "cpu" in paths else Path(paths["unified"], "cpu.max")
         members = Path(paths["pids"], "cgroup.procs") if "pids" in paths else Path(paths["unified"], "job", "cgroup.procs")
+        go = Path("/proc", members.read_text().split()[-1], "root/work/go")
         quota.write_text(str(round(DYING_CPUS * 100_000)))  # only now: the births take CPU time too
         if how == "its own end":
             await anyio.to_thread.run_sync(go.write_text, "\n")

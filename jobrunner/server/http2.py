@@ -55,6 +55,8 @@ CONFIGURATION = Configuration(
 """A dead peer is found within 30 s; what a peer can make the server hold before a handler reads it is small."""
 MAX_UNREAD_ANSWERS = 256 * 1024
 """Bytes of answers to control frames (PING, SETTINGS) that a peer may leave unread."""
+MAX_AT_ONCE = 128 * 1024
+"""Bytes of a message that may be written at once: a log's chunks. Longer ones wait for the peer between their frames."""
 TIMEOUT = re.compile(r"[0-9]{1,8}[HMSmun]")
 """grpc-timeout: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md"""
 
@@ -143,8 +145,24 @@ class ServerStream(Stream):
         self.answered = self.answered or end_stream
 
     async def send_data(self, data: bytes, end_stream: bool = False) -> None:
-        with self._progress():
-            await super().send_data(data, end_stream)
+        if not self._send_at_once(data, end_stream):
+            with self._progress():
+                await super().send_data(data, end_stream)
+
+    def _send_at_once(self, data: bytes, end_stream: bool) -> bool:
+        """If nothing is in its way: all of its frames in one write, and no timer for what waits for nobody. Else False."""
+        assert self.id is not None
+        h2, size = self._h2_connection, len(data)
+        if size > MAX_AT_ONCE or not self.connection.write_ready.is_set() or h2.local_flow_control_window(self.id) < size:
+            return False
+        most = h2.max_outbound_frame_size
+        for at in range(0, size or 1, most):
+            h2.send_data(self.id, data[at : at + most], end_stream=end_stream and at + most >= size)
+        self._transport.write(h2.data_to_send())
+        self.data_sent += size
+        self.connection.data_sent += size
+        self.connection.data_send_process()
+        return True
 
     def end_call(self, status: Status, message: str) -> None:
         """Let the call be answered with this, wherever its handler is."""

@@ -119,8 +119,10 @@ async def _check(
             parts = await following
             await _check_filters(client, runner, job_id, filters, model)
             await runner.remove(job_id)
-    start = 0 if not begin else _first(parts, len(model.data))
-    model.check(parts, start, wanted)
+    if begin:
+        _check_streams(model, parts, wanted)
+    else:
+        model.check(parts, 0, wanted)
 
 
 async def _check_filters(client: JobClient, runner: JobRunner, job_id: str, filters: list[Filter], model: Model) -> None:
@@ -176,11 +178,13 @@ async def _read(reader: OutputReader, pause: int = 0) -> list[Chunk | Gap]:
     return parts
 
 
-def _first(parts: list[Chunk | Gap], total: int) -> int:
-    """Where what was given begins."""
-    if not parts:
-        return total
-    return parts[0].first if isinstance(parts[0], Gap) else parts[0].offset
+def _check_streams(model: Model, parts: list[Chunk | Gap], wanted: frozenset[Stream]) -> None:
+    """Each stream is whole from its own first byte on: the last lines of two streams need not begin at one place."""
+    for stream in wanted:
+        start = min((part.offset for part in parts if isinstance(part, Chunk) and part.stream is stream), default=None)
+        if start is not None:
+            own = [part for part in parts if (part.first >= start if isinstance(part, Gap) else part.stream is stream)]
+            model.check(own, start, frozenset({stream}))
 
 
 def _bytes(parts: list[Chunk | Gap]) -> dict[int, tuple[str, int]]:

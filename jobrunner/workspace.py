@@ -89,9 +89,12 @@ class Workspaces:
             for name in _names(self.path / user):
                 key = (_decoded(user), name)
                 holder = self._held.get(key, "")
-                size = None if holder else tree_size(self.path / user / name)
-                used = (self.path / user / name).stat().st_mtime
-                found.append(Workspace(*key, used, size, holder.removeprefix("job ")))
+                place = self.path / user / name
+                try:
+                    used = place.stat().st_mtime
+                except FileNotFoundError:  # removed meanwhile
+                    continue
+                found.append(Workspace(*key, used, None if holder else _size(place), holder.removeprefix("job ")))
         return found
 
     def claim(self, user: str, name: str) -> None:
@@ -114,6 +117,14 @@ class Workspaces:
 
     def _place(self, user: str, name: str) -> Path:
         return self.path / _encoded(user) / name
+
+
+def _size(place: Path) -> int | None:
+    """None if a job has begun with it, or it was removed, while it was counted."""
+    try:
+        return tree_size(place)
+    except OSError:
+        return None
 
 
 def _names(directory: Path) -> list[str]:

@@ -231,6 +231,7 @@ async def _serve(config: ServerConfig, ready: Callable[[str], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told, number)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # it would end a server that is about to come up
     manager = ServiceManager(os.environ)
     async with running_server(config) as running, contextlib.AsyncExitStack() as stack:
         stack.callback(control.Control(config.runner.state_dir, asked.set).close)

@@ -150,11 +150,11 @@ class Trust:
             return
         try:
             self._files = self._load()
-        except ConfigError as exc:
+        except (ConfigError, OSError, ValueError) as exc:  # the last two of files that change while they are read, or are strange
             # Certificate and key are replaced one after the other: only what is still so the next time is told.
             if asked or signature == self._failed:
                 self._refused = signature
-                logger.error("%s; the files from before stay in force", exc.message)
+                logger.error("%s; the files from before stay in force", getattr(exc, "message", f"cannot read certificates: {exc}"))
             self._failed = signature
         else:
             self._told_at = -REMIND
@@ -205,7 +205,7 @@ class Trust:
         for subject, _ in self._files.anchors if self._config.crl is not None else ():
             if subject not in having:
                 found.append("a CA has no revocation list: its clients are refused; each CA in `ca` needs one in `crl`")
-        with contextlib.suppress(CertificateError):
+        with contextlib.suppress(CertificateError, ValueError):
             found += [
                 f"certificate {one.path}: {text}" for one in describe(self._config.cert, now=now)[:1] for text in one.warnings
             ]

@@ -38,7 +38,6 @@ CODES: Mapping[type[errors.JobRunnerError], int] = MappingProxyType(
     {
         errors.InvalidRequest: 65,  # EX_DATAERR: a value that no job can have
         errors.JobNotFound: 66,  # EX_NOINPUT
-        errors.JobRemoved: 66,
         errors.Unauthenticated: 67,  # EX_NOUSER: a certificate was refused, by either side
         errors.RequestConflict: 68,
         errors.Unavailable: 69,  # EX_UNAVAILABLE: the server is away
@@ -51,9 +50,10 @@ CODES: Mapping[type[errors.JobRunnerError], int] = MappingProxyType(
         errors.Unsupported: 76,  # EX_PROTOCOL: the server is too old
         errors.PermissionDenied: 77,  # EX_NOPERM: the role does not allow it
         errors.ConfigError: 78,  # EX_CONFIG: an address or certificate is missing or cannot be read
-        errors.CertificateError: 78,  # likewise
         errors.OffsetOutOfRange: 79,
         errors.Timeout: 80,
+        errors.CertificateError: 81,  # of `jobrunner certs`
+        errors.JobRemoved: 82,  # started before under this request id, and removed since
         errors.JobRunnerError: 70,  # any other
     }
 )

@@ -34,6 +34,8 @@ REQUESTS = {
     "Remove": "JobRemoveRequest",
     "WriteInput": "JobInputRequest",
     "GetServer": "GetServerRequest",
+    "ListWorkspaces": "ListWorkspacesRequest",
+    "RemoveWorkspace": "RemoveWorkspaceRequest",
 }
 CALLS = {
     **{PACKAGED + name: f"jobrunner.v1.{message}" for name, message in REQUESTS.items()},

@@ -12,17 +12,17 @@ mkdir -p "$cgroup"
 echo $$ >"$cgroup/cgroup.procs"
 
 # For tests that make a disk of a file.
-insmod /work/loop.ko* || exit
+insmod /disk/loop.ko* || exit
 
 # Swap, so that a job that may not use any can be told from one on a host that has none.
-fallocate -l 256M /work/swap && chmod 600 /work/swap && mkswap -q /work/swap && swapon /work/swap || exit
+fallocate -l 256M /disk/swap && chmod 600 /disk/swap && mkswap -q /disk/swap && swapon /disk/swap || exit
 
 export HOME=/root PATH=/opt/jobrunner/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-export TMPDIR=/work/tmp PYTHONPATH=/work/checkout PYTHONPYCACHEPREFIX=/work/pycache
+export TMPDIR=/disk/tmp PYTHONPATH=/disk/checkout PYTHONPYCACHEPREFIX=/disk/pycache
 export JOBRUNNER_MUST_RUN=1 JOBRUNNER_IN_VM=1
-JOBRUNNER_TIME_FACTOR=$(</work/factor)
+JOBRUNNER_TIME_FACTOR=$(</disk/factor)
 export JOBRUNNER_TIME_FACTOR
-cd /work/checkout || exit
-eval "set -- $(</work/arguments)"
-python -m pytest -p no:cacheprovider --timeout=$((60 * JOBRUNNER_TIME_FACTOR)) --durations=15 --basetemp=/work/tmp/pytest "$@"
+cd /disk/checkout || exit
+eval "set -- $(</disk/arguments)"
+python -m pytest -p no:cacheprovider --timeout=$((60 * JOBRUNNER_TIME_FACTOR)) --durations=15 --basetemp=/disk/tmp/pytest "$@"
 result=$?

@@ -25,12 +25,12 @@ awk '/^[a-z]/ { wanted = $0 !~ /^(betterproto2-compiler|blockbuster|forbiddenfru
 chroot "$root" /opt/jobrunner/bin/python -m compileall -q /opt/jobrunner/lib
 
 # This checkout comes on the second disk, which is made for each run.
-echo /work/site >"$site/checkout.pth"
+echo /disk/site >"$site/checkout.pth"
 for command in jobrunnerd=jobrunner.server.main jobrunner=jobrunner_cli.main; do
     printf '#!/opt/jobrunner/bin/python\nfrom %s import main\nmain()\n' "${command#*=}" >"$root/opt/jobrunner/bin/${command%=*}"
     chmod 755 "$root/opt/jobrunner/bin/${command%=*}"
 done
-mkdir -p "$root/work"
+mkdir -p "$root/disk"
 echo jobrunner-vm >"$root/etc/hostname"
 cat >"$root/etc/systemd/system/jobrunner-vm.service" <<'EOF'
 [Unit]
@@ -42,7 +42,7 @@ SuccessAction=poweroff-immediate
 Type=oneshot
 Delegate=yes
 # By itself: there is no udev that would tell systemd of the disk.
-ExecStart=/bin/sh -c "mount /dev/vdb /work && exec bash /work/checkout/tests/vm/guest.sh"
+ExecStart=/bin/sh -c "mount /dev/vdb /disk && exec bash /disk/checkout/tests/vm/guest.sh"
 StandardOutput=tty
 StandardError=tty
 TTYPath=/dev/ttyS0

@@ -17,10 +17,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from jobrunner import checked
 from jobrunner.errors import ConfigError, InvalidRequest
 from jobrunner.job import Limits, OutputPolicy
 from jobrunner.offers import TABLES, Offers
-from jobrunner.units import parse_address, parse_duration, parse_size
+from jobrunner.units import parse_address
 
 __all__ = ["DEFAULTS", "RunnerConfig", "ServerConfig", "load", "load_runner"]
 
@@ -42,11 +43,8 @@ NO_LIMITS = Limits()
 JOB_UIDS = (0x70000000, 65536)
 """Outside of passwd, of the ranges in subuid, and of what systemd takes for itself (systemd's UIDS-GIDS)."""
 NO_OFFERS = Offers()
-CGROUP_LIMITS = ("cpus", "memory", "pids", "read_bps", "write_bps", "read_iops", "write_iops")
-"""The limits that a cgroup holds: a host may lack one of them."""
 ON_SHUTDOWN = ("keep", "stop")
 ON_WRITE_ERROR = ("continue", "stop")
-LOG_LEVELS = ("debug", "info", "warning", "error")
 _KUBERNETES = re.compile(r"JOBRUNNERD_(SERVICE_HOST|SERVICE_PORT.*|PORT(_.*)?)")
 """Set in every pod of a namespace that has a service named jobrunnerd; none of them is ours."""
 
@@ -147,184 +145,68 @@ class ServerConfig:
         return parse_address(self.listen)
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not a text")
-    if "\0" in value:
-        raise ValueError("has a NUL")
-    return value
-
-
-def _path(value: object) -> Path:
-    text = os.fspath(value) if isinstance(value, Path) else _text(value)
-    if not text:
-        raise ValueError("is empty")
-    return Path(text)
-
-
-def _listen(value: object) -> str:
-    parse_address(_text(value))
-    return _text(value)
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{value!r} is not a number")
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{value!r} is not a number") from None
-
-
-def _whole(value: object) -> int:
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{value!r} is not a whole number")
-    return value
-
-
-def _size(value: object) -> int:
-    return parse_size(value) if isinstance(value, str) else _whole(value)
-
-
-def _seconds(value: object) -> float:
-    return parse_duration(value) if isinstance(value, str) else _number(value)
-
-
-def _flag(value: object) -> bool:
-    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    flag = known.get(value.lower()) if isinstance(value, str) else value
-    if not isinstance(flag, bool):
-        raise ValueError(f"{value!r} is neither true nor false")
-    return flag
-
-
-def _limit_names(value: object) -> tuple[str, ...]:
-    names = value.replace(",", " ").split() if isinstance(value, str) else value
-    if not isinstance(names, list | tuple):
-        raise ValueError(f"{value!r} is not a list of names")
-    for name in names:
-        if name not in CGROUP_LIMITS:
-            raise ValueError(f"{name!r} is none of {', '.join(CGROUP_LIMITS)}")
-    return tuple(names)
-
-
-def _id_range(value: object) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,10}):(\d{1,10})", _text(value))
-    if not found:
-        raise ValueError(f"{value!r} is not FIRST:COUNT")
-    first, count = int(found[1]), int(found[2])
-    if first < 1 or count < 1 or first + count > 0xFFFFFFFF:
-        raise ValueError(f"{value!r} is no range of uids; root's is not for jobs")
-    return first, count
-
-
-def _host_paths(value: object) -> tuple[str, ...]:
-    paths = value.split(":") if isinstance(value, str) else value
-    if not isinstance(paths, list | tuple):
-        raise ValueError(f"{value!r} is not a list of paths")
-    for path in paths:
-        if _text(path) != os.path.normpath(path) or not path.startswith("/") or path in ("/", "//"):
-            raise ValueError(f"{path!r} is not an absolute path below /, in its plainest form")
-    return tuple(paths)
-
-
-def _log_level(value: object) -> str:
-    if _text(value).lower() not in LOG_LEVELS:
-        raise ValueError(f"{value!r} is none of {', '.join(LOG_LEVELS)}")
-    return _text(value).lower()
-
-
-def _word(*words: str) -> Callable[[object], str]:
-    def checked(value: object) -> str:
-        if _text(value) not in words:
-            raise ValueError(f"{value!r} is none of {', '.join(words)}")
-        return _text(value)
-
-    return checked
-
-
-def _output_policy(value: object) -> OutputPolicy:
-    return OutputPolicy(_word(*OutputPolicy)(value))
-
-
-def _between(convert: Callable[[object], Any], low: float, high: float) -> Callable[[object], Any]:
-    def checked(value: object) -> Any:
-        number = convert(value)
-        if not low <= number <= high:
-            raise ValueError(f"{value} is not between {low} and {high}")
-        return number
-
-    return checked
-
-
-def _or_none(convert: Callable[[object], Any]) -> Callable[[object], Any]:
-    return lambda value: None if value == "none" else convert(value)
-
-
 KEYS: Mapping[str, Callable[[object], Any]] = {
-    "state_dir": _path,
-    "node": _text,
-    "cgroup_parent": _text,
-    "grace": _between(_seconds, 0, 86400),
-    "max_running": _between(_whole, 1, 1_000_000),
-    "keep_jobs": _or_none(_between(_whole, 0, 1_000_000)),
-    "keep_age": _or_none(_between(_seconds, 0, 10 * 365 * 86400)),
-    "keep_bytes": _or_none(_between(_size, 0, 1 << 62)),
-    "max_running_per_user": _between(_whole, 1, 1_000_000),
-    "segment_bytes": _between(_size, 4096, 1 << 40),
-    "on_write_error": _word(*ON_WRITE_ERROR),
-    "workspaces": _flag,
-    "network_host": _flag,
-    "job_uids": _id_range,
-    "show": _host_paths,
-    "hide": _host_paths,
-    "allow_missing": _limit_names,
-    "ca": _path,
-    "cert": _path,
-    "key": _path,
-    "crl": _path,
-    "audit_log": _path,
-    "key_passphrase_file": _path,
-    "listen": _listen,
-    "viewer_output": _flag,
-    "max_message": _between(_size, 65536, 1 << 30),
-    "max_header_size": _between(_size, 4096, 1 << 20),
-    "max_connections": _between(_whole, 1, 1_000_000),
-    "max_connections_per_user": _between(_whole, 1, 1_000_000),
-    "max_pending_handshakes": _between(_whole, 1, 1_000_000),
-    "handshake_timeout": _between(_seconds, 0.1, 3600),
-    "max_streams_per_connection": _between(_whole, 1, 1_000_000),
-    "max_calls_per_second": _between(_number, 0.1, 1_000_000),
-    "max_starts_per_second": _between(_number, 0.1, 1_000_000),
-    "max_followers_per_job": _between(_whole, 1, 1_000_000),
-    "receive_timeout": _between(_seconds, 0.1, 86400),
-    "send_timeout": _between(_seconds, 0.1, 86400),
-    "log_level": _log_level,
-    "on_shutdown": _word(*ON_SHUTDOWN),
-    "shutdown_grace": _between(_seconds, 0, 86400),
+    "state_dir": checked.path,
+    "node": checked.text,
+    "cgroup_parent": checked.text,
+    "grace": checked.between(checked.seconds, 0, 86400),
+    "max_running": checked.between(checked.whole, 1, 1_000_000),
+    "keep_jobs": checked.or_none(checked.between(checked.whole, 0, 1_000_000)),
+    "keep_age": checked.or_none(checked.between(checked.seconds, 0, 10 * 365 * 86400)),
+    "keep_bytes": checked.or_none(checked.between(checked.size, 0, 1 << 62)),
+    "max_running_per_user": checked.between(checked.whole, 1, 1_000_000),
+    "segment_bytes": checked.between(checked.size, 4096, 1 << 40),
+    "on_write_error": checked.word(*ON_WRITE_ERROR),
+    "workspaces": checked.flag,
+    "network_host": checked.flag,
+    "job_uids": checked.id_range,
+    "show": checked.host_paths,
+    "hide": checked.host_paths,
+    "allow_missing": checked.limit_names,
+    "ca": checked.path,
+    "cert": checked.path,
+    "key": checked.path,
+    "crl": checked.path,
+    "audit_log": checked.path,
+    "key_passphrase_file": checked.path,
+    "listen": checked.listen,
+    "viewer_output": checked.flag,
+    "max_message": checked.between(checked.size, 65536, 1 << 30),
+    "max_header_size": checked.between(checked.size, 4096, 1 << 20),
+    "max_connections": checked.between(checked.whole, 1, 1_000_000),
+    "max_connections_per_user": checked.between(checked.whole, 1, 1_000_000),
+    "max_pending_handshakes": checked.between(checked.whole, 1, 1_000_000),
+    "handshake_timeout": checked.between(checked.seconds, 0.1, 3600),
+    "max_streams_per_connection": checked.between(checked.whole, 1, 1_000_000),
+    "max_calls_per_second": checked.between(checked.number, 0.1, 1_000_000),
+    "max_starts_per_second": checked.between(checked.number, 0.1, 1_000_000),
+    "max_followers_per_job": checked.between(checked.whole, 1, 1_000_000),
+    "receive_timeout": checked.between(checked.seconds, 0.1, 86400),
+    "send_timeout": checked.between(checked.seconds, 0.1, 86400),
+    "log_level": checked.log_level,
+    "on_shutdown": checked.word(*ON_SHUTDOWN),
+    "shutdown_grace": checked.between(checked.seconds, 0, 86400),
 }
 """Every key, and how its value is read, from whichever place."""
 
 LIMIT_KEYS: Mapping[str, Callable[[object], Any]] = {
-    "cpus": _number,
-    "memory": _size,
-    "pids": _whole,
-    "read_bps": _size,
-    "write_bps": _size,
-    "read_iops": _whole,
-    "write_iops": _whole,
-    "open_files": _whole,
-    "tmp_size": _size,
-    "work_size": _size,
-    "timeout": _seconds,
-    "idle_timeout": _seconds,
-    "output_limit": _size,
+    "cpus": checked.number,
+    "memory": checked.size,
+    "pids": checked.whole,
+    "read_bps": checked.size,
+    "write_bps": checked.size,
+    "read_iops": checked.whole,
+    "write_iops": checked.whole,
+    "open_files": checked.whole,
+    "tmp_size": checked.size,
+    "work_size": checked.size,
+    "timeout": checked.seconds,
+    "idle_timeout": checked.seconds,
+    "output_limit": checked.size,
 }
 """The keys of `[ceilings]`. `none` means no limit."""
 
-DEFAULT_KEYS: Mapping[str, Callable[[object], Any]] = {**LIMIT_KEYS, "output_policy": _output_policy}
+DEFAULT_KEYS: Mapping[str, Callable[[object], Any]] = {**LIMIT_KEYS, "output_policy": checked.output_policy}
 """The keys of `[defaults]`."""
 
 REQUIRED = ("state_dir", "ca", "cert", "key")

@@ -28,7 +28,7 @@ __all__ = ["DEFAULTS", "RunnerConfig", "ServerConfig", "load", "load_runner"]
 PREFIX = "JOBRUNNERD_"
 CONFIG_VARIABLE = "JOBRUNNERD_CONFIG"
 STATE_DIR = Path("/var/lib/jobrunner")
-"""Where a check looks if nothing says where jobs are kept; a server must be told."""
+"""Where a check looks if nothing says where root's jobs are kept; root's server must be told."""
 DEFAULTS = Limits(
     cpus=1.0,
     memory=1 << 30,
@@ -219,6 +219,8 @@ def load(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[
     """
     toml_file = toml_file or _named(environ)
     found = _found(toml_file, environ, overrides)
+    if os.geteuid() != 0:
+        found.setdefault("state_dir", _users_state_dir(environ))
     for key in REQUIRED:
         if key not in found:
             where = f"configuration {toml_file}" if toml_file else "configuration"
@@ -232,7 +234,18 @@ def load(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[
 
 def load_runner(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> RunnerConfig:
     """The library's part of the same settings, for what needs no network; nothing is required. Raises ConfigError."""
-    return _runner({"state_dir": STATE_DIR} | _found(toml_file or _named(environ), environ, overrides))
+    state_dir = STATE_DIR if os.geteuid() == 0 else _users_state_dir(environ)
+    return _runner({"state_dir": state_dir} | _found(toml_file or _named(environ), environ, overrides))
+
+
+def _users_state_dir(environ: Mapping[str, str]) -> Path:
+    """Where a server that is not root keeps its jobs (XDG Base Directory Specification, which has no relative paths)."""
+    given, home = Path(environ.get("XDG_STATE_HOME", "")), environ.get("HOME", "")
+    if given.is_absolute():
+        return given / "jobrunner"
+    if not home:
+        raise ConfigError("configuration", "state_dir: is not set, and neither is HOME")
+    return Path(home, ".local/state/jobrunner")
 
 
 def _named(environ: Mapping[str, str]) -> Path | None:

@@ -7,12 +7,15 @@ mounts      whose files are they: by the directories, when it starts
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 import anyio.to_thread
 
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import InvalidRequest, StartFailed
+from jobrunner.linux.user import is_root
 from jobrunner.offers import Volume
 from jobrunner.record import JobRecord
 from jobrunner.shim.launch import Report, VolumeMount
@@ -58,7 +61,16 @@ def _mounts(record: JobRecord, config: RunnerConfig, workspaces: Workspaces) -> 
             found.append(workspaces.prepare(record.user, spec.workspace, record.uid))
         except OSError as exc:
             raise StartFailed(spec.command, "workspace", exc.errno or 0, spec.workspace) from exc
-    return found
+    return found if is_root() else [_as_user(mount, spec) for mount in found]
+
+
+def _as_user(mount: VolumeMount, spec: JobSpec) -> VolumeMount:
+    """For a job whose uid is the server's own on the host: there is nothing to map, and nothing that could be."""
+    if mount.owner is None or mount.read_only or mount.owner[0] == os.geteuid():
+        return replace(mount, owner=None)
+    name, uid = mount.target.rpartition("/")[2], os.geteuid()
+    why = f"{name}: its files are user {mount.owner[0]}'s, and jobs of a server that is not root write as its own user, {uid}"
+    raise StartFailed(spec.command, "volume", 0, f'{why}; give it to that user, ask for {name}:ro, or set owner = "keep"')
 
 
 def remedy(report: Report) -> str:

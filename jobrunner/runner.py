@@ -46,6 +46,7 @@ from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
 from jobrunner.linux.host import host_facts
 from jobrunner.linux.inotify import Inotify
 from jobrunner.linux.seccomp import compile_filter
+from jobrunner.linux.user import identity
 from jobrunner.log import ChunkCache
 from jobrunner.record import JobRecord, fingerprint
 from jobrunner.requests import request_key
@@ -217,7 +218,8 @@ class JobRunner:
             self.identities.give_back(uid)
             raise
         created, node = time.time(), self.config.node
-        record = JobRecord(job_id, spec, limits, user, node, created, fingerprint(spec), cgroup.paths, cgroup.missing, uid)
+        missing = (*cgroup.missing, *identity())
+        record = JobRecord(job_id, spec, limits, user, node, created, fingerprint(spec), cgroup.paths, missing, uid)
         try:
             await anyio.to_thread.run_sync(self.state.create, record)
         except OSError as exc:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +22,14 @@ from jobrunner.errors import JobRunnerError, StartFailed
 from jobrunner.job import OutputPolicy, signal_number
 from jobrunner.linux import check
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup
+from jobrunner.linux.user import identity, is_root
 from jobrunner.record import JobRecord
 from jobrunner.shim import binary_path
 from jobrunner.shim.exitrecord import read_exit
 from jobrunner.shim.launch import PROTECTIONS, LaunchPlan, VolumeMount, pack_plan, parse_report
 from jobrunner.workspace import TARGET
+
+logger = logging.getLogger(__name__)
 
 USER = "job"
 """What every job's user is called inside."""
@@ -69,8 +73,14 @@ def check_host(config: RunnerConfig) -> None:
 
 
 def check_limits(config: RunnerConfig, cgroups: CgroupHost) -> None:
-    """HostError, in the words of `jobrunnerd check`, if the configured defaults cannot be applied: then no job could be started."""
-    check.refuse(check.limits_apply(cgroups, needs(config)))
+    """HostError, in the words of `jobrunnerd check`, if the configured defaults cannot be applied: then no job could be started.
+
+    What may be missing is told in the log.
+    """
+    findings = check.limits_apply(cgroups, needs(config))
+    check.refuse(findings)
+    for what in (*(finding.what for finding in findings), *identity()):
+        logger.info("what jobs lack here: %s", what)
 
 
 def base_name(state_dir: Path) -> str:
@@ -135,6 +145,7 @@ def _plan(
         on_write_error=config.on_write_error,
         uid=record.uid,
         gid=record.uid,
+        user_namespace=not is_root(),
         user_name=USER,
         show=() if spec.root else (*SHOW, *config.show),
         root=places.root_of(spec, config),

@@ -21,6 +21,7 @@ from pathlib import Path
 from jobrunner.errors import HostError
 from jobrunner.job import is_job_id
 from jobrunner.linux.tree import remove_tree, reown_tree
+from jobrunner.linux.user import give
 from jobrunner.record import JobRecord, RecordError, pack_record, parse_record
 from jobrunner.shim.exitrecord import ExitRecord, is_newer, parse_exit
 from jobrunner.shim.stopfile import StopRequest, pack_stop, parse_stop
@@ -108,7 +109,7 @@ class StateDir:
         (directory / "log").mkdir(mode=0o700)
         work = directory / "work"
         work.mkdir(mode=0o700)
-        os.chown(work, record.uid, record.uid)
+        give(work, record.uid)
         # Order: the marker comes first, on disk too, so that no directory with a job.json is ever taken for a settled job's.
         (self.running / record.job_id).touch(mode=0o600)
         _sync_directory(self.running)
@@ -153,13 +154,13 @@ class StateDir:
         (self.running / job_id).unlink(missing_ok=True)
 
     def reown(self, job_id: str) -> None:
-        """What an ended job has left in its work directory becomes root's, so that its uid can be another job's. Raises OSError."""
+        """What an ended job has left in its work directory becomes the server's: its uid can be another's then. OSError."""
         reown_tree(self.directory(job_id) / "work")
 
     def finish_reown(self, job_id: str) -> None:
-        """The same where a crash came before it or in the middle: the directory itself is the last to be root's."""
+        """The same where a crash came before it or in the middle: the directory itself is the last to be the server's."""
         try:
-            if (self.directory(job_id) / "work").lstat().st_uid != 0:
+            if (self.directory(job_id) / "work").lstat().st_uid != os.geteuid():
                 self.reown(job_id)
         except FileNotFoundError:
             return

@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote
 from jobrunner.errors import InvalidRequest, StartFailed
 from jobrunner.job import Workspace
 from jobrunner.linux.tree import remove_tree, tree_size
+from jobrunner.linux.user import give
 from jobrunner.record import JobRecord
 from jobrunner.shim.launch import VolumeMount
 from jobrunner.spec import JobSpec, is_name
@@ -76,7 +77,7 @@ class Workspaces:
             # Order: it is there with its owner or not at all, or a crash would leave one of root's.
             made = place / ".new"
             made.mkdir(mode=0o700, exist_ok=True)
-            os.chown(made, uid, uid)
+            give(made, uid)
             made.rename(files)
         os.utime(place)
         found = files.stat()

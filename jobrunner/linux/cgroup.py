@@ -13,7 +13,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from jobrunner.errors import HostError
+from jobrunner.linux.cgroup_none import NoCgroupHost
 from jobrunner.linux.mountinfo import cgroup_mounts, cgroup_version, own_cgroups
+from jobrunner.linux.user import is_root
 
 if TYPE_CHECKING:
     from jobrunner.job import Limits, Usage
@@ -54,7 +56,7 @@ class CgroupHost(Protocol):
 
     @property
     def version(self) -> str:
-        """`v1`, `hybrid` or `v2`."""
+        """`v1`, `hybrid` or `v2`; empty where jobs have none."""
 
     def create(
         self,
@@ -82,7 +84,19 @@ class CgroupHost(Protocol):
 
 
 def detect(parent: str, base_name: str) -> CgroupHost:
-    """The host's cgroup tree. `parent`: a path in every hierarchy, "" for this process's own cgroup. HostError if there is none."""
+    """The host's cgroup tree. `parent`: a path in every hierarchy, "" for this process's own cgroup.
+
+    HostError if there is none; for who is not root, a host without: then it depends on what jobs may lack.
+    """
+    try:
+        return _detect(parent, base_name)
+    except HostError as exc:
+        if is_root():
+            raise
+        return NoCgroupHost(exc.message.partition("; ")[0])
+
+
+def _detect(parent: str, base_name: str) -> CgroupHost:
     from jobrunner.linux.cgroup_v1 import CgroupV1Host  # the implementations know the protocol, not the reverse
     from jobrunner.linux.cgroup_v2 import CgroupV2Host
 

@@ -12,12 +12,14 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from jobrunner.errors import HostError
 from jobrunner.job import Limits, Usage, is_job_id
 from jobrunner.linux import kernfs
 from jobrunner.linux.counters import Counter, usage_of
 from jobrunner.linux.disk import Disk
 from jobrunner.linux.kernfs import Outcome, set_and_check, write_if_there
 from jobrunner.linux.mountinfo import CONTROLLERS, CgroupMount, cgroup_version
+from jobrunner.linux.user import is_root
 
 __all__ = ["CgroupV1", "CgroupV1Host"]
 
@@ -145,17 +147,38 @@ class CgroupV1Host:
             for name, key in names.items()
             if key in mounts
         }
-        self._parent_cpu = self._jobs["cpu"].parent.parent if "cpu" in self._jobs else None
+        self._refused: dict[str, str] = {}
         try:
-            for directory in self._jobs.values():
-                kernfs.make(directory, exist_ok=True)
+            self._make_base()
         except BaseException:
             self.close()
             raise
+        self._parent_cpu = self._jobs["cpu"].parent.parent if "cpu" in self._jobs else None
+        if UNIFIED in self._jobs and not kernfs.can_enter(mounts[""].directory(own.get("", "/")), self._jobs[UNIFIED]):
+            self._leave_out(UNIFIED)
         self._files = {file for name, file in _OPTIONAL if name in self._jobs and (self._jobs[name] / file).exists()}
         if "cgroup.kill" not in self._files and UNIFIED in self._jobs:
-            jobs = self._jobs.pop(UNIFIED)
-            kernfs.remove((jobs, jobs.parent))
+            self._leave_out(UNIFIED)
+
+    def _make_base(self) -> None:
+        """Who is not root does without the hierarchies that are not delegated to him, but not without all."""
+        for name, directory in list(self._jobs.items()):
+            try:
+                kernfs.make(directory, exist_ok=True)
+            except HostError as exc:
+                if is_root():
+                    raise
+                self._refused[name] = exc.message
+                del self._jobs[name]
+        if not set(self._jobs) - {UNIFIED}:
+            raise HostError(next(iter(self._refused.values())))
+
+    def _leave_out(self, name: str) -> None:
+        jobs = self._jobs.pop(name)
+        kernfs.remove((jobs, jobs.parent))
+
+    def _lacks(self, controller: str) -> str:
+        return self._refused.get(controller, f"no {controller} cgroup controller is mounted")
 
     def __repr__(self) -> str:
         return f"<CgroupV1Host {self.version} {' '.join(map(str, self._jobs.values()))}>"
@@ -181,7 +204,7 @@ class CgroupV1Host:
             self._limit_cpu(directories, limits, outcome)
             self._limit_memory(directories, limits, outcome)
             self._limit_pids(directories, limits, outcome)
-            _limit_disks(directories.get("blkio"), limits, disks, outcome)
+            _limit_disks(directories.get("blkio"), self._lacks("blkio"), limits, disks, outcome)
             return CgroupV1(directories, self._files, tuple(outcome.missing))
         except BaseException:
             kernfs.remove(made)
@@ -206,7 +229,7 @@ class CgroupV1Host:
         if limits.cpus is None:
             return
         if "cpu" not in directories:
-            outcome.not_applied("cpus", "no cpu cgroup controller is mounted")
+            outcome.not_applied("cpus", self._lacks("cpu"))
             return
         outcome.attempt("cpus", partial(self._set_quota, directories["cpu"], limits.cpus))
 
@@ -237,7 +260,7 @@ class CgroupV1Host:
         if limits.memory is None:
             return
         if "memory" not in directories:
-            outcome.not_applied("memory", "no memory cgroup controller is mounted")
+            outcome.not_applied("memory", self._lacks("memory"))
             return
         outcome.attempt("memory", partial(self._set_memory, directories["memory"], limits.memory, outcome))
 
@@ -254,14 +277,14 @@ class CgroupV1Host:
         if limits.pids is None:
             return
         if "pids" not in directories:
-            outcome.not_applied("pids", "no pids cgroup controller is mounted")
+            outcome.not_applied("pids", self._lacks("pids"))
             return
         text = str(limits.pids)
         file = f"{directories['pids']}/pids.max"
         outcome.attempt("pids", lambda: set_and_check(file, text, lambda now: now.strip() == text))
 
 
-def _limit_disks(directory: Path | None, limits: Limits, disks: Sequence[Disk], outcome: Outcome) -> None:
+def _limit_disks(directory: Path | None, lacks: str, limits: Limits, disks: Sequence[Disk], outcome: Outcome) -> None:
     wanted = {name: getattr(limits, name) for name in ("read_bps", "write_bps", "read_iops", "write_iops")}
     devices = [disk.device for disk in disks if disk.device]
     applied = set()
@@ -269,7 +292,7 @@ def _limit_disks(directory: Path | None, limits: Limits, disks: Sequence[Disk], 
         if value is None:
             continue
         if directory is None:
-            outcome.not_applied(name, "no blkio cgroup controller is mounted")
+            outcome.not_applied(name, lacks)
         elif not devices:
             reason = "; ".join(disk.reason for disk in disks) or "no disk is known"
             outcome.not_applied(name, reason, only_if_explicit=True)

@@ -104,6 +104,9 @@ class CgroupV2Host:
         base = top / base_name
         self._jobs = base / "jobs"
         kernfs.make(self._jobs, exist_ok=True)
+        if not kernfs.can_enter(mount.directory(own), self._jobs):
+            self.close()
+            raise HostError(f"cannot use cgroup {top}: this user may not move processes there from {own}; {kernfs.remedy()}")
         offered = kernfs.read(top / "cgroup.controllers").split()
         self._controllers = tuple(name for name in CONTROLLERS if name in offered)
         try:
@@ -112,7 +115,7 @@ class CgroupV2Host:
                 _hand_down(directory, self._controllers)
         except OSError as exc:
             self.close()
-            raise HostError(f"cannot hand down cgroup controllers: {exc.strerror}; {kernfs.REMEDY}") from exc
+            raise HostError(f"cannot hand down cgroup controllers: {exc.strerror}; {kernfs.remedy()}") from exc
 
     def __repr__(self) -> str:
         return f"<CgroupV2Host {self._jobs} {' '.join(self._controllers)}>"
@@ -134,7 +137,7 @@ class CgroupV2Host:
             try:
                 _hand_down(top, self._controllers)
             except OSError as exc:
-                raise HostError(f"cannot hand down cgroup controllers: {exc.strerror}; {kernfs.REMEDY}") from exc
+                raise HostError(f"cannot hand down cgroup controllers: {exc.strerror}; {kernfs.remedy()}") from exc
             outcome = Outcome(allow_missing, explicit)
             self._limit(top, limits, outcome)
             self._limit_disks(top / "job", limits, disks, outcome)
@@ -162,7 +165,7 @@ class CgroupV2Host:
             if value is not None and controller in self._controllers:
                 outcome.attempt(limit, partial(apply, value))
             elif value is not None:
-                outcome.not_applied(limit, f"the {controller} cgroup controller is not there; {kernfs.REMEDY}")
+                outcome.not_applied(limit, f"the {controller} cgroup controller is not there; {kernfs.remedy()}")
 
     def _limit_disks(self, job: Path, limits: Limits, disks: Sequence[Disk], outcome: Outcome) -> None:
         devices = [disk.device for disk in disks if disk.device]
@@ -172,7 +175,7 @@ class CgroupV2Host:
             if value is None:
                 continue
             if "io" not in self._controllers:
-                outcome.not_applied(limit, f"the io cgroup controller is not there; {kernfs.REMEDY}")
+                outcome.not_applied(limit, f"the io cgroup controller is not there; {kernfs.remedy()}")
             elif not devices:
                 reason = "; ".join(disk.reason for disk in disks) or "no disk is known"
                 outcome.not_applied(limit, reason, only_if_explicit=True)

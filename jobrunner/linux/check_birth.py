@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobrunner.errors import HostError
+from jobrunner.linux import check_user
 from jobrunner.linux.finding import Finding, Level, Needs, from_error
 from jobrunner.linux.seccomp import compile_filter
+from jobrunner.linux.user import is_root
 
 __all__ = ["quick"]
 
@@ -59,25 +61,21 @@ def quick(needs: Needs) -> Iterator[Finding]:
     if sys.platform != "linux":
         yield Finding(Level.MISSING, "system", f"this is {sys.platform}", "jobs need Linux; SDK and CLI run here")
         return
-    yield _root()
-    rights = _capabilities()
-    yield rights
+    rights = ""
+    if is_root():
+        yield Finding(Level.OK, "root", "effective user id 0")
+        capabilities = _capabilities()
+        yield capabilities
+        rights = capabilities.remedy
+        yield _job_uids(needs.job_uids)
+    else:
+        yield check_user.user()
     yield _kernel()
     yield _seccomp()
-    yield _job_uids(needs.job_uids)
     shim = _shim(needs.shim)
     yield shim
     if shim.level is Level.OK:
-        yield from _probes(needs.shim, rights.remedy)
-
-
-def _root() -> Finding:
-    user = os.geteuid()
-    if user == 0:
-        return Finding(Level.OK, "root", "effective user id 0")
-    return Finding(
-        Level.MISSING, "root", f"effective user id {user}, not 0", "start it with sudo; docker: --user 0; systemd: no User="
-    )
+        yield from _probes(needs.shim, rights)
 
 
 def _capabilities() -> Finding:
@@ -140,7 +138,7 @@ def _probes(shim: Path, rights: str) -> Iterator[Finding]:
         yield Finding(Level.MISSING, "shim", f"{shim}: {exc}", _SHIM)
         return
     tried = {match[1]: match for line in done.stdout.splitlines() if (match := PROBE.fullmatch(line))}
-    for name in ("clone3", *NAMESPACES, "proc"):
+    for name in ("clone3", *(() if is_root() else ("user",)), *NAMESPACES, "proc"):
         title = {"clone3": "clone3", "proc": "fresh /proc"}.get(name, f"namespace {name}")
         match = tried.get(name)
         if match is None:
@@ -155,7 +153,9 @@ def _probes(shim: Path, rights: str) -> Iterator[Finding]:
 
 def _probe_failed(name: str, title: str, step: str, error: int, detail: str) -> Finding:
     what = ": ".join(part for part in (step, detail, os.strerror(error) if error else "") if part)
-    if step == "mount" and error == errno.EACCES:
+    if not is_root() and (of_user := check_user.remedy(step, error)):
+        remedy = of_user
+    elif step == "mount" and error == errno.EACCES:
         remedy = _APPARMOR
     elif step == "mount" and name == "proc":
         remedy = _PROC

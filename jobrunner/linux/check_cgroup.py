@@ -12,8 +12,10 @@ from jobrunner.errors import HostError
 from jobrunner.job import Limits
 from jobrunner.linux import disk, kernfs
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
+from jobrunner.linux.cgroup_none import NoCgroupHost
 from jobrunner.linux.cgroup_v1 import BUFFERED
 from jobrunner.linux.cgroup_v2 import SERVER_LEAF
+from jobrunner.linux.check_user import no_cgroups
 from jobrunner.linux.finding import Finding, Level, Needs, existing, from_error
 from jobrunner.linux.kernfs import LimitNotApplied
 from jobrunner.linux.mountinfo import CgroupMount, cgroup_mounts, own_cgroups
@@ -53,21 +55,24 @@ def cgroups(needs: Needs) -> list[Finding]:
             host = detect(needs.cgroup_parent or parent, f"jobrunner-check-{os.getpid()}")
         except HostError as exc:
             return [from_error("cgroup", exc)]
+        if isinstance(host, NoCgroupHost):
+            return no_cgroups(host, needs)
         with contextlib.closing(host):
             tree = Finding(Level.OK, "cgroup", f"{host.version}, can be written to")
             return [tree, *_controllers(host, needs), *_kill(host)]
 
 
 def limits_apply(host: CgroupHost, needs: Needs) -> list[Finding]:
-    """What is missing of the configured defaults, for a server that starts: no job could be started without it."""
+    """What is missing of the configured defaults, for a server that starts: what may be, and what no job starts without."""
     try:
-        host.create(JOB_ID, needs.defaults, disk.disks_under([existing(needs.state_dir), "/"]), needs.allow_missing).remove()
+        cgroup = host.create(JOB_ID, needs.defaults, disk.disks_under([existing(needs.state_dir), "/"]), needs.allow_missing)
     except LimitNotApplied as exc:
         controller = next(name for name, limits in OF_CONTROLLER.items() if exc.limit in limits)
         return [_lacking(host, controller, exc)]
     except HostError as exc:
         return [from_error("cgroup", exc)]
-    return []
+    cgroup.remove()
+    return [Finding(Level.LIMITED, "limits", what) for what in cgroup.missing]
 
 
 def _controllers(host: CgroupHost, needs: Needs) -> Iterator[Finding]:

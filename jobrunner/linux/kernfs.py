@@ -13,14 +13,17 @@ from pathlib import Path
 import anyio
 
 from jobrunner.errors import HostError
+from jobrunner.linux.user import is_root
 
 __all__ = [
     "LimitNotApplied",
     "Outcome",
+    "can_enter",
     "has_swap",
     "kill_members",
     "make",
     "read",
+    "remedy",
     "remove",
     "remove_soon",
     "same_pages",
@@ -37,6 +40,11 @@ REMEDY = (
     "the server needs a writable cgroup tree (start it with sudo; docker: the image's own entrypoint, with --cap-add SYS_ADMIN "
     "--security-opt apparmor=unconfined; systemd: Delegate=yes)"
 )
+USER_REMEDY = (
+    "start it where cgroups are delegated to this user: systemd-run --user --scope -p Delegate=yes jobrunnerd ... (for all "
+    "controllers: docs/rootless.md), or as root, or let jobs lack what they then lack"
+)
+"""The last half sentence is followed by the setting."""
 
 
 class LimitNotApplied(HostError):
@@ -68,6 +76,16 @@ class Outcome:
             apply()
         except OSError as exc:
             self.not_applied(limit, exc.strerror or str(exc))
+
+
+def remedy() -> str:
+    """What to do where the tree cannot be written to."""
+    return REMEDY if is_root() else USER_REMEDY
+
+
+def can_enter(own: str | Path, directory: Path) -> bool:
+    """Whether processes of this cgroup may go to that one: who is not root must own the `cgroup.procs` above both (cgroups(7))."""
+    return is_root() or os.access(Path(os.path.commonpath([own, directory]), "cgroup.procs"), os.W_OK)
 
 
 def read(path: str | Path) -> str:
@@ -130,8 +148,8 @@ def make(directory: Path, *, exist_ok: bool = False) -> None:
             directory.parent.mkdir(parents=True, exist_ok=True)
             directory.mkdir(exist_ok=exist_ok)
     except OSError as exc:
-        remedy = f"; {REMEDY}" if exc.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else ""
-        raise HostError(f"cannot make cgroup {directory}: {exc.strerror}{remedy}") from exc
+        more = f"; {remedy()}" if exc.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else ""
+        raise HostError(f"cannot make cgroup {directory}: {exc.strerror}{more}") from exc
 
 
 def remove(directories: Iterable[Path]) -> bool:

@@ -83,6 +83,8 @@ def _add_rules(rules: Any, library: Any) -> None:
     rules.add_rule(denied, "unshare", arg(0, masked, CLONE_NEWUSER, CLONE_NEWUSER))
     for command in TERMINAL_INPUT.values():
         rules.add_rule(denied, "ioctl", arg(1, masked, WORD, command))
+    # Its first argument is a process, and of a server that is not root a job's pid 1 has the job's uid: it keeps its limits.
+    rules.add_rule(denied, "prlimit64", arg(0, masked, WORD, 1))
     for family in range(HIGHEST_FAMILY):
         if family not in FAMILIES:
             rules.add_rule(unknown, "socket", arg(0, masked, WORD, family))

@@ -1,4 +1,4 @@
-"""Directory trees that a hostile job has made, taken over or removed by root after the job is gone.
+"""Directory trees that a hostile job has made, taken over or removed by the server after the job is gone.
 
 Nothing is recursive and one directory is open at a time, so that a tree of any depth costs neither stack nor descriptors. No link
 is followed and no path is looked up twice. Whoever made the tree is dead: nobody moves a directory while it is walked, and one that
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+from jobrunner.linux.user import is_root
 
 __all__ = ["remove_tree", "reown_tree", "tree_size"]
 
@@ -18,16 +21,17 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def reown_tree(top: Path) -> None:
-    """All of it becomes root's; set-user-ID bits go with that (chown(2)). FileNotFoundError if it is not there."""
-    for directory, name, _ in _contents(top):
-        os.chown(name, 0, 0, dir_fd=directory, follow_symlinks=False)
-    os.chown(top, 0, 0, follow_symlinks=False)
+    """All of it becomes the server's; set-user-ID bits go with that (chown(2)). FileNotFoundError if it is not there."""
+    owner = os.geteuid(), os.getegid()
+    for directory, name, _ in _contents(top, unlock=True):
+        os.chown(name, *owner, dir_fd=directory, follow_symlinks=False)
+    os.chown(top, *owner, follow_symlinks=False)
 
 
 def remove_tree(top: Path) -> None:
     """Remove it, if it is there. OSError for the first thing that cannot be removed."""
     with contextlib.suppress(FileNotFoundError):
-        for directory, name, is_directory in _contents(top):
+        for directory, name, is_directory in _contents(top, unlock=True):
             (os.rmdir if is_directory else os.unlink)(name, dir_fd=directory)
         top.rmdir()
 
@@ -37,9 +41,13 @@ def tree_size(top: Path) -> int:
     return sum(os.stat(name, dir_fd=directory, follow_symlinks=False).st_blocks * 512 for directory, name, _ in _contents(top))
 
 
-def _contents(top: Path) -> Iterator[tuple[int, str, bool]]:
-    """(its open directory, name, whether it is a directory) of all below, each directory after what is in it."""
-    here = os.open(top, DIRECTORY)
+def _contents(top: Path, unlock: bool = False) -> Iterator[tuple[int, str, bool]]:
+    """(its open directory, name, whether it is a directory) of all below, each directory after what is in it.
+
+    `unlock`: also where the job has closed a directory to its owner, who is the server where that is not root.
+    """
+    enter = _unlocked if unlock and not is_root() else _opened
+    here = enter(top, None)
     try:
         device = os.fstat(here).st_dev
         below = [_directories(here)]  # of each level the names that are still to be entered
@@ -48,7 +56,7 @@ def _contents(top: Path) -> Iterator[tuple[int, str, bool]]:
         while below:
             if below[-1]:
                 name = below[-1].pop()
-                inner = os.open(name, DIRECTORY, dir_fd=here)
+                inner = enter(name, here)
                 if os.fstat(inner).st_dev != device:
                     os.close(inner)
                     raise OSError(f"{name!r} is on another file system")
@@ -70,6 +78,21 @@ def _contents(top: Path) -> Iterator[tuple[int, str, bool]]:
                 yield here, name, True
     finally:
         os.close(here)
+
+
+def _opened(name: str | Path, above: int | None) -> int:
+    return os.open(name, DIRECTORY, dir_fd=above)
+
+
+def _unlocked(name: str | Path, above: int | None) -> int:
+    """With all rights of its owner; by a descriptor that needs none of them (open(2), O_PATH)."""
+    place = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+    try:
+        if ~os.fstat(place).st_mode & stat.S_IRWXU:
+            os.chmod(f"/proc/self/fd/{place}", stat.S_IRWXU)  # noqa: PTH101
+        return os.open(".", DIRECTORY, dir_fd=place)
+    finally:
+        os.close(place)
 
 
 def _identity(directory: int) -> tuple[int, int]:

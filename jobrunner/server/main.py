@@ -163,7 +163,7 @@ def dev(
         root = (directory or Path(tempfile.mkdtemp(prefix="jobrunner-dev-"))).absolute()
         if not (root / "ca.pem").exists():
             make_certs(root)
-        runner = RunnerConfig(state_dir=root / "state")
+        runner = load_runner(None, os.environ, {"state_dir": root / "state"})
         settings = ServerConfig(runner=runner, listen=listen, ca=root / "ca.pem", cert=root / "server.pem", key=root / "server.key")
         _run(settings, ready=lambda address: _tell_clients(root, address))
 

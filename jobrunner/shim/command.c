@@ -28,14 +28,17 @@ static void reset_signals(void)
 	sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
-static int set_limits(int64_t open_files, struct report *why)
+static int set_limits(const struct plan *plan, struct report *why)
 {
-	const struct rlimit none = {0, 0}, files = {(rlim_t)open_files, (rlim_t)open_files};
+	const struct rlimit none = {0, 0}, files = {(rlim_t)plan->open_files, (rlim_t)plan->open_files};
+	const struct rlimit processes = {(rlim_t)plan->processes, (rlim_t)plan->processes};
 	setrlimit(RLIMIT_CORE, &none);
-	if (open_files >= 0 && setrlimit(RLIMIT_NOFILE, &files) != 0)
+	if (plan->open_files >= 0 && setrlimit(RLIMIT_NOFILE, &files) != 0)
 		return fail(why, "rlimit", errno, "open-files");
+	if (plan->processes >= 0 && setrlimit(RLIMIT_NPROC, &processes) != 0)
+		return fail(why, "rlimit", errno, "processes");
 	/* When the host is out of memory a job goes before the host's own. Where this may not be set, the host's order holds. */
-	int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+	int fd = open_own(plan, "/proc/self/oom_score_adj");
 	if (fd >= 0) {
 		write_all(fd, "500", 3);
 		close(fd);
@@ -63,7 +66,7 @@ static int prepare(const struct birth *birth, struct report *why)
 	prctl(PR_SET_NAME, "jobrunner-exec");
 	setsid();
 	umask(022);
-	if (own_output(birth, why) != 0 || set_descriptors(birth, why) != 0 || set_limits(plan->open_files, why) != 0)
+	if (own_output(birth, why) != 0 || set_descriptors(birth, why) != 0 || set_limits(plan, why) != 0)
 		return -1;
 	reset_signals();
 	if (become_the_job(plan, why) != 0)

@@ -119,7 +119,7 @@ _Noreturn void init_main(const struct birth *birth)
 
 	die_with_the_shim(birth->channel);
 	prctl(PR_SET_NAME, "jobrunner-init");
-	if (isolate(birth, &why) != 0)
+	if (map_ids(birth->plan, &why) != 0 || isolate(birth, &why) != 0)
 		give_up(birth, &why);
 	sigemptyset(&child);
 	sigaddset(&child, SIGCHLD);

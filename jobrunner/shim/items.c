@@ -61,8 +61,10 @@ static const struct key PLAN_KEYS[] = {
 	{"output-policy", CHOICE, false, AT(plan, limit_stops), 0, OUTPUT_POLICY, 0},
 	{"on-write-error", CHOICE, false, AT(plan, error_stops), 0, ON_WRITE_ERROR, 0},
 	{"open-files", NUMBER, false, AT(plan, open_files), 0, 0, MAX_NUMBER},
+	{"processes", NUMBER, false, AT(plan, processes), 0, 2, MAX_NUMBER},
 	{"uid", NUMBER, false, AT(plan, uid), 0, 0, MAX_ID},
 	{"gid", NUMBER, false, AT(plan, gid), 0, 0, MAX_ID},
+	{"user-namespace", NUMBER, false, AT(plan, user_namespace), 0, 0, 1},
 	{"user-name", TEXT, false, AT(plan, user_name), 0, 0, 0},
 	{"show", PATHS, false, AT(plan, show), AT(plan, n_show), 0, MAX_PATHS},
 	{"root", PATH, false, AT(plan, root), 0, 0, 0},
@@ -285,8 +287,8 @@ int plan_read(int fd, struct plan *plan, struct report *why)
 	char *list = mmap(NULL, MAX_LIST, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (list == MAP_FAILED)
 		return fail(why, "args", errno, "");
-	*plan = (struct plan){.list = list, .timeout_ms = -1, .idle_timeout_ms = -1, .open_files = -1, .output_limit = -1,
-			      .uid = -1, .gid = -1, .work_size = -1, .tmp_size = -1};
+	*plan = (struct plan){.list = list, .timeout_ms = -1, .idle_timeout_ms = -1, .open_files = -1, .processes = -1,
+			      .output_limit = -1, .uid = -1, .gid = -1, .work_size = -1, .tmp_size = -1};
 	lseek(fd, 0, SEEK_SET);		/* the writer of a memfd left it at its end; a pipe has no place to go to */
 	for (ssize_t n; (n = read(fd, list + size, MAX_LIST - size)) != 0;) {
 		if (n < 0 && errno != EINTR)
@@ -298,7 +300,7 @@ int plan_read(int fd, struct plan *plan, struct report *why)
 	plan->list_size = size;
 	if (parse(list, size, "jobrunner-launch=1", PLAN_KEYS, COUNT(PLAN_KEYS), plan, counts, why) != 0)
 		return -1;
-	if ((plan->uid < 0) != (plan->gid < 0))
+	if ((plan->uid < 0) != (plan->gid < 0) || (plan->user_namespace && plan->uid < 0))
 		return refuse(why, "missing ", plan->uid < 0 ? "uid" : "gid");
 	return make_vectors(plan, counts[COUNT(PLAN_KEYS) - 1], counts[COUNT(PLAN_KEYS) - 2], why);
 }

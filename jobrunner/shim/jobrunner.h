@@ -42,7 +42,7 @@ struct plan {
 	const char *dir, *cgroup2_shim, *cgroup2_job, *oom_control, *cpu_quota, *hostname, *cwd;
 	const char *cgroup1_shim[MAX_CGROUPS], *cgroup1_job[MAX_CGROUPS], *counters[MAX_COUNTERS];
 	int n_cgroup1_shim, n_cgroup1_job, n_counters;
-	int64_t merge, stop_signal, grace_ms, timeout_ms, idle_timeout_ms, segment_bytes, open_files;
+	int64_t merge, stop_signal, grace_ms, timeout_ms, idle_timeout_ms, segment_bytes, open_files, processes;
 	int64_t network_host;		/* 1: the host's network instead of one with loopback alone */
 	int64_t output_limit, limit_stops, error_stops;	/* the last two: 1 if that ends the job */
 	const char *root, *work, *user_name, *seccomp;
@@ -50,6 +50,7 @@ struct plan {
 	int n_show, n_mask, n_cgroup_views, n_volumes;
 	struct volume volumes[MAX_VOLUMES];
 	int64_t uid, gid, work_size, tmp_size, writable, protect;
+	int64_t user_namespace;		/* 1: a user namespace, in which uid and gid are the server's own */
 	char **argv, **env;
 	void *list, *vectors;		/* the memory behind all of it: */
 	size_t list_size, vectors_size;
@@ -222,6 +223,9 @@ int ctl_claim(struct job *job, struct report *why);					/* ctl.c */
 bool ctl_heard_stop(struct job *job);
 bool ctl_stop_file(const struct job *job, bool asked, struct stop *stop);
 _Noreturn void init_main(const struct birth *birth);					/* init.c */
+uint64_t user_namespace(const struct plan *plan);					/* userns.c */
+int open_own(const struct plan *plan, const char *path);
+int map_ids(const struct plan *plan, struct report *why);
 int isolate(const struct birth *birth, struct report *why);				/* isolate.c */
 int private_mounts(struct report *why);
 int fresh_proc(struct report *why);

@@ -57,6 +57,8 @@ class LaunchPlan:
     # Each protection is a field of its own; one that is left as it is here is off.
     uid: int | None = None
     gid: int | None = None
+    user_namespace: bool = False
+    """For a launcher that is not root: a user namespace in which `uid` and `gid` are its own."""
     user_name: str = ""
     """In a line of the job's own /etc/passwd and /etc/group."""
     show: Sequence[str] = ()
@@ -118,6 +120,8 @@ def _isolation(plan: LaunchPlan) -> list[tuple[str, str]]:
     for volume in plan.volumes:
         mode, owner = "ro" if volume.read_only else "rw", "{}:{}".format(*volume.owner) if volume.owner else "-"
         items.append(("volume", f"{mode} {owner} {volume.target} {volume.source}"))
+    if plan.user_namespace:
+        items.append(("user-namespace", "1"))
     if plan.writable:
         items.append(("writable", "1"))
     return items

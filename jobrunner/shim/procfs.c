@@ -37,12 +37,13 @@ static int hide_by(struct cover *cover, int target)
 }
 
 /* Hides a file by /dev/null, a directory by an empty one. What is not there needs no hiding. */
-static int mask(int root, const char *path, struct cover *file, struct cover *directory, struct report *why)
+static int mask(int root, const char *path, struct cover *file, struct cover *directory, const struct plan *plan, struct report *why)
 {
 	struct stat st;
 	int target = open_inside(root, path);
+	/* What an init that has the command's uid cannot reach, the command cannot either. */
 	if (target < 0)
-		return errno == ENOENT || errno == ENOTDIR ? 0 : fail(why, "mask", errno, path);
+		return errno == ENOENT || errno == ENOTDIR || (errno == EACCES && plan->user_namespace) ? 0 : fail(why, "mask", errno, path);
 	if (fstat(target, &st) != 0 || hide_by(S_ISDIR(st.st_mode) ? directory : file, target) != 0)
 		return fail(why, "mask", errno, path);
 	close(target);
@@ -73,13 +74,13 @@ int mask_all(int root, const struct plan *plan, struct report *why)
 	if (file.mount < 0 || directory.mount < 0)
 		return fail(why, "mask", errno, "");
 	for (int i = 0; i < plan->n_mask; i++)
-		if (mask(root, plan->mask[i], &file, &directory, why) != 0)
+		if (mask(root, plan->mask[i], &file, &directory, plan, why) != 0)
 			return -1;
 	for (size_t i = 0; proc && i < sizeof READ_ONLY / sizeof *READ_ONLY; i++)
 		if (make_read_only(root, READ_ONLY[i], why) != 0)
 			return -1;
 	for (size_t i = 0; proc && i < sizeof MASKED / sizeof *MASKED; i++)
-		if (mask(root, MASKED[i], &file, &directory, why) != 0)
+		if (mask(root, MASKED[i], &file, &directory, plan, why) != 0)
 			return -1;
 	close(file.mount);
 	close(directory.mount);
@@ -119,15 +120,19 @@ int mount_sys(int root, const struct plan *plan, struct report *why)
 {
 	const struct mount_option small[] = {{"mode", "0755"}, {"size", "64k"}, {"nr_inodes", "32"}, {NULL, NULL}};
 	int target = make_directory(root, "/sys"), mount = mount_new("sysfs", NULL, QUIET | MOUNT_ATTR_RDONLY);
+	/* A new sysfs shows a network namespace, and only to whose it is; the host's is not a user namespace's. */
+	const bool clone = mount < 0 && errno == EPERM && plan->user_namespace && plan->network_host;
+	if (clone)
+		mount = mount_clone(AT_FDCWD, "/sys", QUIET | MOUNT_ATTR_RDONLY, true);
 	if (target < 0 || mount < 0 || mount_put(mount, target) != 0)
 		return fail(why, "mount", errno, "/sys");
 	close(target);
 	close(mount);
-	if (plan->n_cgroup_views == 0)
+	if (plan->n_cgroup_views == 0 && !clone)
 		return 0;
-	/* v1 has a directory for each hierarchy, which sysfs has no place for. */
+	/* v1 has a directory for each hierarchy, which sysfs has no place for; what was cloned has the host's. */
 	int tmpfs = -1;
-	if (plan->cgroup_views[0][0] != '.') {
+	if (plan->n_cgroup_views == 0 || plan->cgroup_views[0][0] != '.') {
 		tmpfs = mount_new("tmpfs", small, QUIET);
 		target = open_inside(root, "/sys/fs/cgroup");
 		if (tmpfs < 0 || target < 0 || mount_put(tmpfs, target) != 0)

@@ -80,7 +80,7 @@ static void close_private(const struct job *job, int reading, int answer)
 static int spawn_init(struct job *job, const struct birth *birth, int reading, int answer, struct report *why)
 {
 	const uint64_t network = job->plan->network_host ? 0 : CLONE_NEWNET;
-	const uint64_t namespaces = CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | network;
+	const uint64_t namespaces = CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | network | user_namespace(job->plan);
 	pid_t pid = spawn(namespaces, job->places->cgroup2_job, &job->init);
 	if (pid == 0) {
 		close_private(job, reading, answer);

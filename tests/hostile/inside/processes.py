@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import socket
 import struct
@@ -84,6 +85,39 @@ def forge_end(pid: str) -> str:
         stolen.shutdown(socket.SHUT_RDWR)
     time.sleep(600)
     os._exit(3)
+
+
+@attack
+def limit(pid: str) -> str:
+    """Take open files away from a process."""
+    resource.prlimit(int(pid), resource.RLIMIT_NOFILE, (64, 64))
+    return "done"
+
+
+@attack
+def renice(pid: str) -> str:
+    """Who hardly runs dies slowly, and with him all whom he ends with."""
+    os.setpriority(os.PRIO_PROCESS, int(pid), 19)
+    return "done"
+
+
+@attack
+def renice_user() -> str:
+    os.setpriority(os.PRIO_USER, os.getuid(), 19)
+    return "done"
+
+
+@attack
+def idle(pid: str) -> str:
+    os.sched_setscheduler(int(pid), os.SCHED_IDLE, os.sched_param(0))
+    return "done"
+
+
+@attack
+def pin(pid: str) -> str:
+    """To one processor, which others keep busy."""
+    os.sched_setaffinity(int(pid), {min(os.sched_getaffinity(0))})
+    return "done"
 
 
 @attack

@@ -870,7 +870,7 @@ class ServerInfo(betterproto2.Message):
 
     cgroup: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
     """
-    "v1", "hybrid" or "v2".
+    "v1", "hybrid" or "v2"; empty where jobs have no cgroups.
     """
 
     cpus: "int" = betterproto2.field(5, betterproto2.TYPE_UINT32)

@@ -1,0 +1,55 @@
+"""Whether a job can be born here for a server that is not root: who it is, and what keeps it from user namespaces."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from jobrunner.linux.cgroup_none import LIMITS, NoCgroupHost, counts_tasks
+from jobrunner.linux.finding import Finding, Level, Needs
+from jobrunner.linux.kernfs import remedy as of_cgroups
+
+__all__ = ["no_cgroups", "remedy", "user"]
+
+SYSCTL = Path("/proc/sys")
+_APPARMOR = (
+    "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or a profile of AppArmor that lets jobrunner-shim have them: "
+    "docs/rootless.md"
+)
+
+
+def user() -> Finding:
+    """For information: what a server that is not root does instead."""
+    what = f"effective user id {os.geteuid()}: jobs have user namespaces, and are this user's processes on the host"
+    return Finding(Level.LIMITED, "root", what, "for jobs with uids of their own start it with sudo; systemd: no User=")
+
+
+def remedy(step: str, error: int) -> str:
+    """Of a probe that failed in a user namespace; empty if it is no other than root's would be. user_namespaces(7)."""
+    if error == errno.ENOSPC and _number("user/max_user_namespaces") == 0:
+        return "sysctl -w user.max_user_namespaces=65536"
+    if step == "clone" and error == errno.EPERM and _number("kernel/unprivileged_userns_clone") == 0:
+        return "sysctl -w kernel.unprivileged_userns_clone=1"
+    if error in (errno.EPERM, errno.EACCES) and _number("kernel/apparmor_restrict_unprivileged_userns"):
+        return _APPARMOR
+    if step == "clone" and error == errno.EINVAL:
+        return "a kernel that is built with user namespaces (CONFIG_USER_NS=y)"
+    return ""
+
+
+def no_cgroups(host: NoCgroupHost, needs: Needs) -> list[Finding]:
+    """All that is not limited, in one line: it has one reason and one remedy."""
+    lacking = [name for name in LIMITS if name != "pids" or not counts_tasks()]
+    needed = [name for name in lacking if getattr(needs.defaults, name) is not None and name not in needs.allow_missing]
+    names = ", ".join(f'"{name}"' for name in needed or lacking)
+    what = f"{host.why}: no limit of {', '.join(needed or lacking)}"
+    level = Level.MISSING if needed else Level.LIMITED
+    return [Finding(level, "cgroup", what, f"{of_cgroups()}: allow_missing = [{names}]")]
+
+
+def _number(name: str) -> int | None:
+    try:
+        return int((SYSCTL / name).read_text())
+    except (OSError, ValueError):
+        return None

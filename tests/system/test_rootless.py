@@ -1,0 +1,42 @@
+"""The server of an ordinary user: tests/rootless, run as a real one, with cgroups that are delegated to him and without."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.shim import wait_until
+from tests.support.timing import at_most
+from tests.support.user import NONE, ROOT, command_as_user, delegated, home, processes_of_user
+
+pytestmark = [pytest.mark.requires("root", "command:unshare", "command:setpriv"), pytest.mark.timeout(120)]
+
+
+FORKS = "tests/rootless/test_attacks.py::test_a_fork_bomb_meets_its_limit_exactly"
+TESTS = {"cgroups": ["tests/rootless"], "nothing": ["tests/rootless/test_jobs.py", "tests/rootless/test_service.py", FORKS]}
+
+
+@pytest.mark.parametrize("given", TESTS)
+def test_everything_works_for_a_real_user(given: str) -> None:
+    with home() as directory, delegated() if given == "cgroups" else contextlib.nullcontext(NONE) as delegation:
+        environ = {"HOME": str(directory), "TMPDIR": str(directory), "JOBRUNNER_TEST_USER": given}
+        environ |= {name: os.environ[name] for name in ("JOBRUNNER_MUST_RUN", "JOBRUNNER_TIME_FACTOR") if name in os.environ}
+        environ |= {"JOBRUNNERD_CGROUP_PARENT": delegation.parent, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+        pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={directory}/pytest"]
+        pytest_command += [f"--timeout={at_most(60):.0f}", "--durations=5", *TESTS[given]]
+        done = subprocess.run(
+            command_as_user(pytest_command, delegation, environ),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=at_most(110),
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        print(done.stdout)
+        wait_until(lambda: processes_of_user() == [])
+        assert [path for place in delegation.directories for path in place.iterdir() if path.is_dir()] == []

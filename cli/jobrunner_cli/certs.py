@@ -11,7 +11,7 @@ import typer
 
 from jobrunner.errors import CertificateError, InvalidRequest
 from jobrunner_cli import submit
-from jobrunner_cli.session import say
+from jobrunner_cli.session import say, warn
 from jobrunner_cli.typed import PlainCommand, PlainGroup
 
 if TYPE_CHECKING:
@@ -57,20 +57,29 @@ def issue(
     ],
     directory: Dir = "certs",
     host: Annotated[list[str], typer.Option(metavar="NAME", help="One more name or address of the server; repeatable.")] = [],  # noqa: B006
+    csr: Annotated[str, typer.Option(metavar="FILE", help="Sign this request: the key stays where it was made.")] = "",
     days: Days = None,
     passphrase_file: Passphrase = "",
     key_passphrase_file: KeyPassphrase = "",
     force: Force = False,
 ) -> int:
-    """Make a key and its certificate: NAME.key and NAME.pem. A server's holds 90 days, a client's 30."""
+    """Make a key and its certificate: NAME.key and NAME.pem. A server's holds 90 days, a client's 30.
+
+    With --csr only NAME.pem: of the request its public key is taken, and nothing else.
+    """
     if role not in ROLES:
         raise InvalidRequest("role", f"{role[:64]!r} is not one of {', '.join(ROLES)}", "issue certificate")
     if host and role != "server":
         raise InvalidRequest("host", "only a server has one", "issue certificate")
+    if csr and key_passphrase_file:
+        raise InvalidRequest("key-passphrase-file", "with --csr no key is made", "issue certificate")
     pki = _pki()
     profile = pki.Profile(name, hosts=(name, *host)) if role == "server" else pki.Profile(name, role)
     with pki.Authority.opened(Path(directory), _passphrase(passphrase_file)) as authority:
-        _told(authority.issue(name, profile, passphrase=_passphrase(key_passphrase_file), force=force, **_days(days)))
+        if csr:
+            _told(authority.sign(name, profile, _request(csr), force=force, **_days(days)))
+        else:
+            _told(authority.issue(name, profile, passphrase=_passphrase(key_passphrase_file), force=force, **_days(days)))
     return 0
 
 
@@ -84,14 +93,24 @@ def renew(
 ) -> int:
     """Make new keys and certificates that say the same. Without names: of all that are past two thirds of their life.
 
+    Where the key is not here (--csr) the new certificate is for the same key.
+
     The revocation list is signed anew in any case, for 30 days: a daily run keeps everything valid. What was renewed
     holds until its own end.
     """
     pki = _pki()
     with pki.Authority.opened(Path(directory), _passphrase(passphrase_file)) as authority:
+        failed: list[CertificateError] = []
         for name in names or authority.due():
-            _told(authority.renew(name, passphrase=_passphrase(key_passphrase_file), **_days(days)))
+            try:
+                _told(authority.renew(name, passphrase=_passphrase(key_passphrase_file), **_days(days)))
+            except CertificateError as exc:  # the others, and the list, do not suffer from it
+                failed.append(exc)
         authority.sign_revoked(authority.revoked())
+        for error in failed[:-1]:
+            warn(error.message)
+        if failed:
+            raise failed[-1]
     return 0
 
 
@@ -150,6 +169,13 @@ def _passphrase(file: str) -> bytes | None:
     return read_passphrase(Path(file)) if file else None
 
 
+def _request(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as exc:
+        raise CertificateError(f"read request {file}", exc.strerror or str(exc)) from exc
+
+
 def _days(text: str | None) -> dict[str, int]:
     number = submit.count("days", text, "issue certificate")
     if number is not None and not 0 < number <= 36500:
@@ -158,7 +184,8 @@ def _days(text: str | None) -> dict[str, int]:
 
 
 def _told(issued: Issued) -> None:
-    say(f"{issued.cert} {issued.key}: until {issued.certificate.not_valid_after_utc:%Y-%m-%d}")
+    files = f"{issued.cert} {issued.key}" if issued.key else str(issued.cert)
+    say(f"{files}: until {issued.certificate.not_valid_after_utc:%Y-%m-%d}")
 
 
 def _list_of(directory: Path) -> tuple[list[int], list[str]]:

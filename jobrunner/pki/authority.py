@@ -13,48 +13,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Self, cast
+from typing import TYPE_CHECKING, Self, cast
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.x509.oid import NameOID
 
 from jobrunner.errors import CertificateError
+from jobrunner.pki.profile import Profile, key_usage, user_of
 from jobrunner.pki.store import PRIVATE, Store, key_to_pem, to_pem
 
-__all__ = ["CA_DAYS", "CLIENT_DAYS", "CRL_DAYS", "SERVER_DAYS", "Authority", "Issued", "Profile"]
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
+
+__all__ = ["CA_DAYS", "CLIENT_DAYS", "CRL_DAYS", "SERVER_DAYS", "Authority", "Issued"]
 
 CA_DAYS, SERVER_DAYS, CLIENT_DAYS, CRL_DAYS = 3650, 90, 30, 30
 SKEW = timedelta(minutes=5)
 """How much earlier than now what is signed begins to hold: for clocks that are behind."""
 RESERVED = ("ca", "crl")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@-]{0,63}")
-_HOST = re.compile(
-    r"(?=.{1,253}$)([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?)(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?)*"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """What a certificate is to say. A client has a `unit`, its role; a server has `hosts`, names and addresses."""
-
-    user: str
-    unit: str = ""
-    hosts: tuple[str, ...] = ()
-
-    def names(self) -> x509.Name:
-        units = [x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, self.unit)] if self.unit else []
-        return x509.Name([*units, x509.NameAttribute(NameOID.COMMON_NAME, self.user)])
-
-    def extensions(self) -> list[tuple[x509.ExtensionType, bool]]:
-        use = ExtendedKeyUsageOID.SERVER_AUTH if self.hosts else ExtendedKeyUsageOID.CLIENT_AUTH
-        found: list[tuple[x509.ExtensionType, bool]] = [(x509.ExtendedKeyUsage([use]), False)]
-        if self.hosts:
-            found.append((x509.SubjectAlternativeName([_general_name(host) for host in self.hosts]), False))
-        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +45,8 @@ class Issued:
     name: str
     certificate: x509.Certificate
     cert: Path
-    key: Path
+    key: Path | None
+    """None where the key is somebody else's, and never was here."""
 
 
 class Authority:
@@ -104,7 +86,7 @@ class Authority:
                 .not_valid_before(now - SKEW)
                 .not_valid_after(now + timedelta(days=days))
                 .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-                .add_extension(_usage(sign=True), critical=True)
+                .add_extension(key_usage(sign=True), critical=True)
                 .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
                 .sign(key, hashes.SHA256())
             )
@@ -137,43 +119,70 @@ class Authority:
         self, name: str, profile: Profile, *, days: int | None = None, passphrase: bytes | None = None, force: bool = False
     ) -> Issued:
         """A new key and its certificate, as files NAME.pem and NAME.key. CertificateError if they are there, unless `force`."""
-        if not _NAME.fullmatch(name) or name in RESERVED:
-            raise CertificateError("issue certificate", f'"{name}" is no name for a file')
-        for path in (self.store.path(f"{name}.pem"), self.store.path(f"{name}.key")):
-            if path.exists() and not force:
-                raise CertificateError(f"write {path}", "it is there already; `renew` renews it, --force overwrites")
-        issued = self._issue(name, profile, days or (SERVER_DAYS if profile.hosts else CLIENT_DAYS), passphrase)
+        self._check_free(name, force)
+        issued = self._with_new_key(name, profile, days or _days_of(profile), passphrase)
+        self.sign_revoked(self.revoked())
+        return issued
+
+    def sign(self, name: str, profile: Profile, request: bytes, *, days: int | None = None, force: bool = False) -> Issued:
+        """The certificate, NAME.pem, for the key of this signing request (PEM or DER).
+
+        Nothing else is taken from it: what the certificate says is for the CA to say. CertificateError as `issue`, and for what is
+        no request, or has a weak key.
+        """
+        self._check_free(name, force)
+        issued = self._for_key(name, profile, days or _days_of(profile), _key_of(request))
         self.sign_revoked(self.revoked())
         return issued
 
     def renew(self, name: str, *, days: int | None = None, passphrase: bytes | None = None) -> Issued:
-        """A new key and certificate that says the same, for as long as the one before, which holds until its own end."""
+        """A certificate that says the same, for as long as the one before, which holds until its own end.
+
+        With a new key, encrypted if the old one is; where the key is not here, for the same key again.
+        """
         old = self._load(f"{name}.pem")
-        units = [str(unit.value) for unit in old.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)]
-        users = [str(user.value) for user in old.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-        lifetime = days or max(1, round((old.not_valid_after_utc - old.not_valid_before_utc - SKEW) / timedelta(days=1)))
-        return self._issue(name, Profile(users[0], units[0] if units else "", _hosts(old)), lifetime, passphrase)
+        life = days or max(1, round((old.not_valid_after_utc - old.not_valid_before_utc - SKEW) / timedelta(days=1)))
+        key = self.store.path(f"{name}.key")
+        if not key.exists():
+            return self._for_key(name, Profile.of(old), life, old.public_key())
+        if b"ENCRYPTED" in self.store.read(key.name) and passphrase is None:
+            raise CertificateError(
+                f"renew {name}", "its key is encrypted, and so has to be the new one; give --key-passphrase-file"
+            )
+        return self._with_new_key(name, Profile.of(old), life, passphrase)
 
     def due(self) -> list[str]:
         """Names whose certificate has less than a third of its life left."""
         now = datetime.now(UTC)
         names = []
         for path in sorted(self.store.directory.glob("*.pem")):
-            if path.stem in RESERVED or not path.with_suffix(".key").exists():
+            if path.stem in RESERVED:
                 continue
             held = self._load(path.name)
+            if not path.with_suffix(".key").exists() and (user_of(held) != path.stem or not self._has_issued(held)):
+                continue  # a copy of something
             life = held.not_valid_after_utc - held.not_valid_before_utc
             if held.not_valid_after_utc - now < life / 3 and held.serial_number not in self._revoked_serials():
                 names.append(path.stem)
         return names
+
+    def _check_free(self, name: str, force: bool) -> None:
+        if not _NAME.fullmatch(name) or name in RESERVED:
+            raise CertificateError("issue certificate", f'"{name}" is no name for a file')
+        for path in (self.store.path(f"{name}.pem"), self.store.path(f"{name}.key")):
+            if path.exists() and not force:
+                raise CertificateError(f"write {path}", "it is there already; `renew` renews it, --force overwrites")
+
+    def _has_issued(self, certificate: x509.Certificate) -> bool:
+        return self.store.path(f"issued/{certificate.serial_number:x}.pem").exists()
 
     def revoke(self, name: str) -> list[int]:
         """Revoke every certificate of a name that has not expired; their serials. `name` may be a serial, hexadecimal."""
         now = datetime.now(UTC)
         held = [x509.load_pem_x509_certificate(path.read_bytes()) for path in sorted(self.store.path("issued").glob("*.pem"))]
         current = self.store.path(f"{name}.pem")
-        user = _user(self._load(current.name)) if current.exists() else name
-        found = [one.serial_number for one in held if _user(one) == user and one.not_valid_after_utc > now]
+        user = user_of(self._load(current.name)) if current.exists() else name
+        found = [one.serial_number for one in held if user_of(one) == user and one.not_valid_after_utc > now]
         if not found and re.fullmatch(r"[0-9A-Fa-f]{8,40}", name):
             found = [int(name, 16)]
         if not found:
@@ -221,7 +230,21 @@ class Authority:
         except ValueError as exc:
             raise CertificateError(f"read {self.store.path(file)}", "it holds no certificate in PEM form") from exc
 
-    def _issue(self, name: str, profile: Profile, days: int, passphrase: bytes | None) -> Issued:
+    def _with_new_key(self, name: str, profile: Profile, days: int, passphrase: bytes | None) -> Issued:
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = self._signed(profile, days, key.public_key())
+        self.store.write_pair(name, to_pem(certificate), key_to_pem(key, passphrase))
+        return Issued(name, certificate, self.store.path(f"{name}.pem"), self.store.path(f"{name}.key"))
+
+    def _for_key(self, name: str, profile: Profile, days: int, key: CertificatePublicKeyTypes) -> Issued:
+        certificate = self._signed(profile, days, key)
+        # Order: a key that does not belong to it goes first.
+        self.store.remove(f"{name}.key")
+        self.store.write(f"{name}.pem", to_pem(certificate))
+        return Issued(name, certificate, self.store.path(f"{name}.pem"), None)
+
+    def _signed(self, profile: Profile, days: int, key: CertificatePublicKeyTypes) -> x509.Certificate:
+        """A certificate, which is among those that can be revoked from here on."""
         now = datetime.now(UTC)
         end = now + timedelta(days=days)
         if end > self.certificate.not_valid_after_utc:
@@ -229,55 +252,38 @@ class Authority:
             raise CertificateError("issue certificate", f"the CA itself ends on {until}; give fewer --days, or make a new CA")
         if not 0 < len(profile.user) <= 64:
             raise CertificateError("issue certificate", "a user's name has 1 to 64 characters")
-        key = ec.generate_private_key(ec.SECP256R1())
         builder = (
-            x509.CertificateBuilder(self.certificate.subject, profile.names(), key.public_key(), x509.random_serial_number())
+            x509.CertificateBuilder(self.certificate.subject, profile.names(), key, x509.random_serial_number())
             .not_valid_before(now - SKEW)
             .not_valid_after(end)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(sign=False), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(key_usage(sign=False), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
         for extension, critical in profile.extensions():
             builder = builder.add_extension(extension, critical=critical)
         certificate = builder.sign(self._key, hashes.SHA256())
-        # Order: what can be revoked first, then what can be used.
         self.store.write(f"issued/{certificate.serial_number:x}.pem", to_pem(certificate))
-        self.store.write_pair(name, to_pem(certificate), key_to_pem(key, passphrase))
-        return Issued(name, certificate, self.store.path(f"{name}.pem"), self.store.path(f"{name}.key"))
+        return certificate
 
 
-def _user(certificate: x509.Certificate) -> str:
-    return "".join(str(one.value) for one in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME))
+def _days_of(profile: Profile) -> int:
+    return SERVER_DAYS if profile.hosts else CLIENT_DAYS
 
 
-def _hosts(certificate: x509.Certificate) -> tuple[str, ...]:
+def _key_of(request: bytes) -> CertificatePublicKeyTypes:
+    verb = "sign request"
     try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return ()
-    return (*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress)))
-
-
-def _general_name(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ip_address(host))
-    except ValueError:
-        if not _HOST.fullmatch(host):
-            raise CertificateError("issue certificate", f'"{host}" is no host name or address') from None
-        return x509.DNSName(host)
-
-
-def _usage(*, sign: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not sign,
-        key_cert_sign=sign,
-        crl_sign=sign,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+        pem = b"-----BEGIN" in request
+        asked = x509.load_pem_x509_csr(request) if pem else x509.load_der_x509_csr(request)
+        key, valid = asked.public_key(), asked.is_signature_valid
+    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
+        raise CertificateError(verb, "it is no certificate signing request") from exc
+    if not valid:
+        raise CertificateError(verb, "its signature is wrong: who made it may not have the key")
+    if (isinstance(key, rsa.RSAPublicKey) and key.key_size >= 2048) or isinstance(key, ed25519.Ed25519PublicKey):
+        return key
+    if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1 | ec.SECP521R1):
+        return key
+    raise CertificateError(verb, "its key is weak; take ECDSA P-256")

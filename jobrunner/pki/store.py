@@ -73,6 +73,11 @@ class Store:
         os.replace(self.path(name + NEXT), self.path(name))  # noqa: PTH105
         self._sync()
 
+    def remove(self, name: str) -> None:
+        """If it is there."""
+        self.path(name).unlink(missing_ok=True)
+        self._sync()
+
     def write_pair(self, name: str, certificate: bytes, key: bytes) -> None:
         """See the module for the order."""
         self._write_next(f"{name}.key", key, PRIVATE)

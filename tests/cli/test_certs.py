@@ -158,6 +158,76 @@ def test_show_warns(ca: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "  warning: it is revoked" in capfd.readouterr().out.splitlines()
 
 
+def request(directory: Path, *how: str) -> Path:
+    """A signing request, made where the key stays; it asks for more than it gets."""
+    new = how or ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256")
+    wishes = ("-subj", "/OU=admin/CN=mallory", "-addext", "basicConstraints=CA:TRUE")
+    csr = directory / "own.csr"
+    made = openssl("req", "-new", "-nodes", *new, *wishes, "-keyout", directory / "own.key", "-out", csr)
+    assert csr.exists(), made
+    return csr
+
+
+def test_a_request_is_signed_for_its_key_alone_and_renewed_for_it(
+    ca: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    csr = request(tmp_path)
+    assert certs(ca, "issue", "viewer", "carol", "--csr", str(csr), "--days", "1") == 0
+    assert capfd.readouterr().out.startswith(f"{ca}/carol.pem: until ")
+    assert not (ca / "carol.key").exists()
+    assert verified(ca, "carol", "sslclient").endswith(": OK\n")
+    text = openssl("x509", "-in", ca / "carol.pem", "-noout", "-text")
+    assert "Subject: OU = viewer, CN = carol" in text and "CA:FALSE" in text and "mallory" not in text
+    public = openssl("pkey", "-in", tmp_path / "own.key", "-pubout")
+    assert openssl("x509", "-in", ca / "carol.pem", "-noout", "-pubkey") == public
+    old = (ca / "carol.pem").read_bytes()
+    assert certs(ca, "renew", "carol") == 0
+    assert (ca / "carol.pem").read_bytes() != old
+    assert openssl("x509", "-in", ca / "carol.pem", "-noout", "-pubkey") == public
+    assert certs(ca, "revoke", "carol") == 0
+    assert "certificate revoked" in verified(ca, "carol", "sslclient")
+
+
+def test_requests_that_are_none_or_weak_are_refused(ca: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    weak = request(tmp_path, "-newkey", "rsa:1024")
+    assert certs(ca, "issue", "admin", "x", "--csr", str(weak)) == 81
+    forged = tmp_path / "forged.csr"
+    good = bytearray(
+        subprocess.run(["openssl", "req", "-in", request(tmp_path), "-outform", "DER"], capture_output=True, check=True).stdout
+    )
+    good[good.index(b"mallory")] ^= 1
+    forged.write_bytes(good)
+    assert certs(ca, "issue", "admin", "x", "--csr", str(forged)) == 81
+    forged.write_text("nonsense")
+    assert certs(ca, "issue", "admin", "x", "--csr", str(forged)) == 81
+    assert certs(ca, "issue", "admin", "x", "--csr", str(tmp_path / "none")) == 81
+    assert [
+        line.removeprefix("jobrunner: cannot ").replace(str(tmp_path), "DIR") for line in capfd.readouterr().err.splitlines()
+    ] == [
+        "sign request: its key is weak; take ECDSA P-256",
+        "sign request: its signature is wrong: who made it may not have the key",
+        "sign request: it is no certificate signing request",
+        "read request DIR/none: No such file or directory",
+    ]
+    assert not (ca / "x.pem").exists()
+
+
+def test_a_key_under_a_passphrase_stays_so_and_the_others_are_renewed_all_the_same(
+    ca: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("correct horse\n")
+    assert certs(ca, "issue", "admin", "alice", "--key-passphrase-file", str(secret)) == 0
+    assert certs(ca, "issue", "admin", "bob") == 0
+    before = {name: (ca / name).read_bytes() for name in ("alice.pem", "alice.key", "bob.pem", "crl.pem")}
+    capfd.readouterr()
+    assert certs(ca, "renew", "alice", "bob") == 81
+    assert "its key is encrypted, and so has to be the new one; give --key-passphrase-file" in capfd.readouterr().err
+    assert {name for name, data in before.items() if (ca / name).read_bytes() != data} == {"bob.pem", "crl.pem"}
+    assert certs(ca, "renew", "alice", "--key-passphrase-file", str(secret)) == 0
+    assert "ENCRYPTED PRIVATE KEY" in (ca / "alice.key").read_text()
+
+
 @pytest.mark.parametrize("name", ["ca", "crl", "../x", "", "a/b", "-x", "x" * 65])
 def test_names_that_are_no_file_are_refused(ca: Path, name: str) -> None:
     with Authority.opened(ca) as authority, pytest.raises(CertificateError, match="is no name for a file"):

@@ -8,6 +8,7 @@ SETTINGS come first, and only after the certificate was accepted), and often a T
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
@@ -140,6 +141,8 @@ class ClientChannel(Channel):
         """The newest connection, kept after its loss for the diagnosis."""
         self.reached = False
         """Whether the server has been reached once."""
+        self.tried_at = math.inf
+        """When that was first tried, by the loop's clock."""
         self._tell_reached = reached
 
     def lasted(self, since: float) -> float:
@@ -157,6 +160,7 @@ class ClientChannel(Channel):
         self._tell_reached()
 
     async def _create_connection(self) -> H2Protocol:
+        self.tried_at = min(self.tried_at, self._loop.time())
         with anyio.fail_after(CONNECT_TIMEOUT):
             _, protocol = await self._loop.create_connection(
                 self._protocol_factory,

@@ -15,7 +15,7 @@ from grpclib.const import Cardinality
 from grpclib.exceptions import GRPCError
 
 from jobrunner.client.channel import ClientChannel
-from jobrunner.client.errors import translated
+from jobrunner.client.errors import Interrupted, translated
 from jobrunner.client.reader import ClientOutputReader, OutputCall
 from jobrunner.client.resume import Attempts, Connection
 from jobrunner.errors import ConfigError, InternalError, JobNotFound, JobRunnerError, LimitReached, StopFailed
@@ -224,6 +224,14 @@ class JobClient:
                 await asyncio.sleep(pause)
 
     async def _once(self, method: str, request: Any, reply_type: type[_Reply], verb: str, timeout: float | None) -> _Reply:
+        attempts = Attempts(self._connection, self._channel)
+        while True:
+            try:
+                return await self._called(method, request, reply_type, verb, timeout)
+            except Interrupted as exc:  # nothing has come of it: the server has not said a word
+                await attempts.again(exc)
+
+    async def _called(self, method: str, request: Any, reply_type: type[_Reply], verb: str, timeout: float | None) -> _Reply:
         channel = self._channel
         async with translated(channel, verb, timeout) as attempt:
             path = f"{SERVICE}/{method}"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from jobrunner.client.channel import ClientChannel
 
-__all__ = ["Attempt", "translated"]
+__all__ = ["Attempt", "Interrupted", "translated"]
 
 _ALERTS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it requires one",
@@ -49,6 +49,13 @@ _NO_TLS_1_3 = {
     "UNSUPPORTED_PROTOCOL": "the server does not speak TLS 1.3",
     "WRONG_VERSION_NUMBER": "the server does not speak TLS",
 }
+
+
+CLOSED = "the server closes connections during TLS: it has too many, or rejects the client certificate without saying so"
+
+
+class Interrupted(Unavailable):
+    """The server has closed a first connection before it said anything: it has too many handshakes, or is about to leave."""
 
 
 class Attempt:
@@ -145,6 +152,8 @@ async def _lost(channel: ClientChannel, exc: Exception) -> JobRunnerError:
     where = f"cannot reach {_address(channel)}"
     if isinstance(exc, ssl.SSLCertVerificationError):
         return Unauthenticated(f"{where}: the server's certificate is not acceptable: {exc.verify_message}")
+    if isinstance(exc, ssl.SSLEOFError | ConnectionResetError | ConnectionAbortedError | BrokenPipeError) and not channel.reached:
+        return Interrupted(f"{where}: {CLOSED}")
     if isinstance(exc, ssl.SSLError):
         return _refused(where, exc) or Unavailable(f"{where}: TLS failed: {_reason(exc)}")
     if isinstance(exc, OSError):
@@ -159,13 +168,17 @@ async def _lost(channel: ClientChannel, exc: Exception) -> JobRunnerError:
         if isinstance(last.lost, ssl.SSLError):
             raise last.lost
         said = await channel.probe()
+    except ssl.SSLEOFError:
+        said = b""
     except ssl.SSLError as alert:
         return _refused(where, alert) or Unauthenticated(f"{where}: the server refused TLS: {_reason(alert)}")
     except OSError as probed:
-        return Unavailable(f"{where}: {_reason(probed)}")
-    if said or channel.reached:  # who was accepted before and is refused now would be told an alert
+        if channel.reached or not isinstance(probed, ConnectionResetError | ConnectionAbortedError | BrokenPipeError):
+            return Unavailable(f"{where}: {_reason(probed)}")
+        said = b""
+    if channel.reached:  # who was accepted before and is refused now would be told an alert
         return Unavailable(f"lost the connection to {_address(channel)}: {_reason(last.lost or exc)}")
-    return Unauthenticated(f"{where}: the server closed the connection during TLS: it probably rejected the client certificate")
+    return Interrupted(f"{where}: it closed the first connection and took the next" if said else f"{where}: {CLOSED}")
 
 
 def _refused(where: str, exc: ssl.SSLError) -> Unauthenticated | None:

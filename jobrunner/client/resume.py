@@ -1,8 +1,11 @@
 """Going on after a lost connection: when to try again, when to give up, and whom to tell.
 
 What may be asked again without harm is: a log from the offset after the last byte received, the end of a job, a stop, and a start,
-which has a request id. Nothing is tried again before the server has been reached once: an address where nobody answers is told at
-once. Errors that a repetition would meet again (no such job, no permission, an offset past the end) are never retried.
+which has a request id. Errors that a repetition would meet again (no such job, no permission, an offset past the end) are not.
+
+Before the server has been reached once, an address where nobody answers, and a name that is none, are told at once. Only a first
+connection that the server has closed before it said anything is made again, for FIRST_CONTACT seconds, whatever the call is: in a
+flood of handshakes some honest ones have to give way.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import asyncio
 import random
 from typing import TYPE_CHECKING
 
+from jobrunner.client.errors import Interrupted
 from jobrunner.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -23,6 +27,8 @@ __all__ = ["Attempts", "Connection"]
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds before the second attempt, and at most; twice as long each time, times 0.5 to 1.5 so that many clients spread out."""
+FIRST_CONTACT = 5.0
+"""Seconds, or fewer if the client gives up sooner anyway."""
 STABLE = 5.0
 """Seconds after which a connection that lasted counts as progress, although nothing came: a silent job is followed for days."""
 
@@ -77,16 +83,19 @@ class Attempts:
 
     async def again(self, error: JobRunnerError) -> None:
         """Wait for the time of the next attempt. Raises the error if there shall be none."""
-        if not isinstance(error, Unavailable) or not self._channel.reached:
+        reached = self._channel.reached
+        if not isinstance(error, Unavailable if reached else Interrupted):
             raise error
         now = self._loop.time()
         if self._channel.lasted(self._begun) > STABLE:
             self.progress()
         if self._give_up_at is None:
-            self._give_up_at = now + self._connection.timeout
+            timeout = self._connection.timeout
+            self._give_up_at = now + timeout if reached else self._channel.tried_at + min(timeout, FIRST_CONTACT)
         if now >= self._give_up_at:
             raise error
-        self._connection.lost(error)
+        if reached:
+            self._connection.lost(error)
         await asyncio.sleep(min(self._pause * random.uniform(0.5, 1.5), self._give_up_at - now))
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
         self._begun = self._loop.time()

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
 from jobrunner.client import JobClient
-from jobrunner.errors import ConfigError, JobRunnerError, Timeout, Unauthenticated, Unavailable, Unsupported
+from jobrunner.errors import ConfigError, JobNotFound, JobRunnerError, Timeout, Unauthenticated, Unavailable, Unsupported
 from jobrunner.server.devcerts import make_certs
 from tests.support.daemon import ServerProcess
 from tests.support.peer import client_of, peer_client
+from tests.support.proxy import proxy_to
+from tests.support.timing import fail_after
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 JOB = "0123456789ab"
@@ -76,14 +81,14 @@ async def test_a_connection_lost_during_a_call_is_unavailable_and_the_next_call_
     assert calls == 2
 
 
-async def test_a_refused_certificate_is_unauthenticated_with_or_without_an_alert(tmp_path: Path) -> None:
+async def test_a_server_that_refuses_a_certificate_without_an_alert_may_also_have_too_much_to_do(tmp_path: Path) -> None:
     make_certs(tmp_path / "other")
     with anyio.fail_after(10):
         async with (
             peer_client(tmp_path) as (client, _),
             client_of(client.address, tmp_path, tmp_path / "other") as stranger,
         ):
-            with pytest.raises(Unauthenticated, match="cannot reach 127.0.0.1:.* rejected the client certificate"):
+            with pytest.raises(Unavailable, match="cannot reach 127.0.0.1:.* or rejects the client certificate without saying so"):
                 await stranger.get(JOB).info()
 
 
@@ -135,3 +140,50 @@ async def test_a_server_that_was_restarted_is_reached_by_the_same_client(tmp_pat
                 assert (await client.server()).running_jobs == 0
             finally:
                 second.end()
+
+
+@asynccontextmanager
+async def closing_first(server: ServerProcess, count: float) -> AsyncIterator[JobClient]:
+    """A client of a server in a flood of handshakes: its first connections are closed, after it has begun to speak."""
+    left = count
+
+    def budget() -> int | None:
+        nonlocal left
+        left -= 1
+        return 0 if left >= 0 else None
+
+    files = server.files()
+    async with (
+        proxy_to(server.address, budget) as proxy,
+        JobClient(proxy.address, ca=files["ca"], cert=files["cert"], key=files["key"]) as client,
+    ):
+        yield client
+
+
+async def test_a_first_connection_that_is_closed_without_a_word_is_made_again(server: ServerProcess) -> None:
+    with fail_after(20):
+        async with closing_first(server, 3) as client:
+            assert (await client.server()).draining is False
+        async with closing_first(server, 3) as client:
+            with pytest.raises(JobNotFound):
+                await client.get(JOB).wait()
+        async with closing_first(server, 3) as client, client.get(JOB).log() as output:
+            with pytest.raises(JobNotFound):
+                await output.next_line()
+
+
+async def test_a_server_that_always_closes_it_is_told_after_a_while(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobrunner.client.resume.FIRST_CONTACT", 0.5)
+    with fail_after(20):
+        async with closing_first(server, math.inf) as client:
+            for call in (client.list, client.get(JOB).wait):
+                with pytest.raises(Unavailable, match="cannot reach .*: the server closes connections during TLS: it has too many"):
+                    await call()
+
+
+async def test_a_name_that_is_none_is_told_at_once(tmp_path: Path) -> None:
+    make_certs(tmp_path)
+    with fail_after(20):
+        async with client_of("no-such-host.invalid:1", tmp_path, tmp_path, resume_timeout=3600) as client:
+            with pytest.raises(Unavailable, match="cannot reach no-such-host.invalid:1: "):
+                await client.list()

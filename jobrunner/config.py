@@ -21,7 +21,7 @@ from jobrunner import checked
 from jobrunner.errors import ConfigError, InvalidRequest
 from jobrunner.job import Limits, OutputPolicy
 from jobrunner.offers import TABLES, Offers
-from jobrunner.units import parse_address
+from jobrunner.units import is_loopback, parse_address
 
 __all__ = ["DEFAULTS", "RunnerConfig", "ServerConfig", "load", "load_runner"]
 
@@ -110,6 +110,10 @@ class ServerConfig:
     """JSON lines, who did what; none for no such file."""
     listen: str = "127.0.0.1:7443"
     """HOST:PORT or [ADDRESS]:PORT; port 0 is any free one."""
+    metrics_listen: str | None = None
+    """Where Prometheus may ask, in plain HTTP; as `listen`. None for nowhere."""
+    metrics_anywhere: bool = False
+    """Whether that may be another address than one of this host's loopback."""
     viewer_output: bool = True
     """Whether viewers may read output, not only state."""
     max_message: int = 4 << 20
@@ -123,6 +127,8 @@ class ServerConfig:
     handshake_timeout: float = 5.0
     max_streams_per_connection: int = 100
     """Calls at once on one connection."""
+    max_calls_per_user: int = 4000
+    """Calls of a user at once, on all connections: those that follow or wait."""
     max_calls_per_second: float = 500.0
     """Of each user; ten seconds' worth may come at once. What comes too fast is told when to come again."""
     max_starts_per_second: float = 100.0
@@ -170,6 +176,8 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "audit_log": checked.path,
     "key_passphrase_file": checked.path,
     "listen": checked.listen,
+    "metrics_listen": checked.listen,
+    "metrics_anywhere": checked.flag,
     "viewer_output": checked.flag,
     "max_message": checked.between(checked.size, 65536, 1 << 30),
     "max_header_size": checked.between(checked.size, 4096, 1 << 20),
@@ -178,6 +186,7 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "max_pending_handshakes": checked.between(checked.whole, 1, 1_000_000),
     "handshake_timeout": checked.between(checked.seconds, 0.1, 3600),
     "max_streams_per_connection": checked.between(checked.whole, 1, 1_000_000),
+    "max_calls_per_user": checked.between(checked.whole, 1, 1_000_000),
     "max_calls_per_second": checked.between(checked.number, 0.1, 1_000_000),
     "max_starts_per_second": checked.between(checked.number, 0.1, 1_000_000),
     "max_followers_per_job": checked.between(checked.whole, 1, 1_000_000),
@@ -226,6 +235,9 @@ def load(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[
             where = f"configuration {toml_file}" if toml_file else "configuration"
             raise ConfigError(where, f"{key}: is not set; give --{key.replace('_', '-')} or {PREFIX}{key.upper()}")
     own = {field.name for field in fields(ServerConfig)}
+    if "metrics_listen" in found and not found.get("metrics_anywhere") and not is_loopback(found["metrics_listen"]):
+        reason = "is not an address of loopback, and metrics are for everyone there; `metrics_anywhere = true` allows it"
+        raise ConfigError("configuration", f"metrics_listen: {found['metrics_listen']} {reason}")
     runner = _runner(found)
     # Jobs may see the directory that it is in, /etc for instance.
     runner = replace(runner, hide=(*runner.hide, os.path.realpath(found["key"])))

@@ -156,6 +156,7 @@ class LimitReached(JobRunnerError):
     def __init__(self, verb: str, bound: str, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(f"cannot {verb}: {reason} ({bound})")
         self.bound = bound
+        self.reason = reason
         self.retry_after = retry_after
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -55,6 +56,8 @@ class Jobs:
         self._by_end: list[Position] = []
         self.size = 0
         """Bytes of the logs of all that have ended."""
+        self.by_status: Counter[JobStatus] = Counter(dict.fromkeys(JobStatus, 0))
+        """How many there are of each."""
 
     def __repr__(self) -> str:
         return f"<Jobs {len(self)} ended {self.ended} {self.size} bytes>"
@@ -73,12 +76,15 @@ class Jobs:
     def add(self, entry: Entry) -> None:
         self._entries[entry.job_id] = entry
         bisect.insort(self._by_created, (entry.created, entry.job_id))
+        self.by_status[entry.status] += 1
         if entry.status is not JobStatus.RUNNING:
             self._count(entry)
 
     def end(self, job_id: str, status: JobStatus, ended: float, size: int) -> None:
         entry = self._entries.get(job_id)
         if entry is not None:
+            self.by_status[entry.status] -= 1
+            self.by_status[status] += 1
             entry.status, entry.ended, entry.size = status, ended, size
             self._count(entry)
 
@@ -87,6 +93,7 @@ class Jobs:
         entry = self._entries.pop(job_id, None)
         if entry is not None:
             _drop(self._by_created, (entry.created, job_id))
+            self.by_status[entry.status] -= 1
             if entry.status is not JobStatus.RUNNING:
                 _drop(self._by_end, (entry.ended, job_id))
                 self.size -= entry.size

@@ -40,7 +40,7 @@ from jobrunner.errors import (
 )
 from jobrunner.handle import RunnerJob
 from jobrunner.identity import Identities
-from jobrunner.job import JobSpec, Limits, Workspace
+from jobrunner.job import EndReason, JobSpec, JobStatus, Limits, Workspace
 from jobrunner.linux import disk
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
 from jobrunner.linux.host import host_facts
@@ -79,6 +79,10 @@ class JobRunner:
         self.host = host_facts()
         self.chunks = ChunkCache()
         self.catalog = Catalog(self)
+        self.started = 0
+        """Jobs that were started by this runner."""
+        self.endings: Counter[tuple[JobStatus, EndReason]] = Counter()
+        """How jobs have ended since it was opened."""
         self._running: dict[str, RunnerJob] = {}
         self._retention = Retention(self)
         self._changed = asyncio.Event()
@@ -238,6 +242,7 @@ class JobRunner:
                 await self._undo(record, cgroup)
                 raise StartFailed(spec.command, "launcher", 0, "it was killed") from exc
             started = created
+        self.started += 1
         return self.adopt(record, cgroup, started)
 
     async def list_workspaces(self) -> Sequence[Workspace]:
@@ -282,6 +287,7 @@ class JobRunner:
         self.workspaces.release(job.job_id)
         ending = left.ending()
         self.catalog.jobs.end(job.job_id, ending.status, ending.ended, left.size)
+        self.endings[ending.status, ending.reason] += 1
         job.mark_ended(ending, left.bounds)
         self._retention.wake()
         self._changed.set()

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
+from ipaddress import ip_address
 
-__all__ = ["format_duration", "format_size", "parse_address", "parse_duration", "parse_size"]
+__all__ = ["format_duration", "format_size", "is_loopback", "parse_address", "parse_duration", "parse_size"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE | re.ASCII)
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
@@ -83,3 +84,12 @@ def parse_address(text: str) -> tuple[str, int]:
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
         raise ValueError(f"{port!r} is no port between 0 and 65535")
     return host[1:-1] if bracketed else host, int(port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether nobody but this host reaches HOST:PORT. Of names that is `localhost` alone (RFC 6761 section 6.3)."""
+    host = parse_address(address)[0]
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -27,11 +27,13 @@ from grpclib.server import Server
 from jobrunner.config import ServerConfig
 from jobrunner.errors import AccessError, HostError, LimitReached, Unauthenticated, Unavailable
 from jobrunner.server import auth
-from jobrunner.server.audit import Audit, attach, audited
+from jobrunner.server.account import Account, attach, audited
 from jobrunner.server.auth import Role
+from jobrunner.server.calls import CallHandler
 from jobrunner.server.guard import grpc_error, guarded, refused
-from jobrunner.server.http2 import CONFIGURATION, Bounds, CallHandler, ServerPeer, ServerProtocol, ServerStream
+from jobrunner.server.http2 import CONFIGURATION, ServerPeer, ServerProtocol, Shared
 from jobrunner.server.limits import Rate
+from jobrunner.server.stream import Bounds, ServerStream
 from jobrunner.server.tcp import Listener, TlsConnection, address_of
 from jobrunner.server.trust import Trust
 from jobrunner.wire.codec import StrictCodec
@@ -59,7 +61,9 @@ Fewer seconds' worth of them may come at once than of calls: each flood is handl
 class JobServer(Server):
     """Serves these handlers on one address. `serve` is the whole of its life."""
 
-    def __init__(self, handlers: Collection[Any], config: ServerConfig, trust: Trust, audit: Audit, draining: anyio.Event) -> None:
+    def __init__(
+        self, handlers: Collection[Any], config: ServerConfig, trust: Trust, account: Account, draining: anyio.Event
+    ) -> None:
         """`draining` is set by `shutdown`, and read by whoever tells the state of the server.
 
         Raises AssertionError if the handlers' RPCs are not those of the policy.
@@ -70,26 +74,27 @@ class JobServer(Server):
         self.draining = draining
         self._policy = auth.policy(config.viewer_output)
         self._settings = config
-        self._bounds = Bounds(
+        bounds = Bounds(
             max_message=config.max_message,
             max_header_size=config.max_header_size,
             max_streams=config.max_streams_per_connection,
             max_connections_per_user=config.max_connections_per_user,
+            max_calls_per_user=config.max_calls_per_user,
             receive_timeout=config.receive_timeout,
             send_timeout=config.send_timeout,
         )
         frames = max(MIN_FRAMES, FRAMES_PER_CALL * config.max_calls_per_second)
-        self._frames = Rate("max_calls_per_second", frames, "frames", burst=FRAMES_BURST)
+        self._shared = Shared(bounds, Rate("max_calls_per_second", frames, "frames", burst=FRAMES_BURST), account)
         self._call_rate = Rate("max_calls_per_second", config.max_calls_per_second, "calls")
         self._start_rate = Rate("max_starts_per_second", config.max_starts_per_second, "starts")
-        self._connections: set[ServerProtocol] = set()
-        self._changed = asyncio.Event()
+        self._connections = self._shared.live
+        self._changed = self._shared.changed
         self._trust = trust
-        self._audit = audit
+        self.account = account
         self.listener = Listener(
             trust.context,
             trust.admit,
-            lambda address, reason: audit.write("handshake", address=address, reason=reason),
+            account,
             self._protocol_factory,
             max_connections=config.max_connections,
             max_pending=config.max_pending_handshakes,
@@ -101,7 +106,17 @@ class JobServer(Server):
 
     def __repr__(self) -> str:
         state = "draining" if self.draining.is_set() else "serving"
-        return f"<JobServer {state} {len(self._connections)} connections {len(self._calls())} calls>"
+        return f"<JobServer {state} {self.connections} connections {self.calls} calls>"
+
+    @property
+    def connections(self) -> int:
+        """How many there are whose client has been authenticated."""
+        return len(self._connections)
+
+    @property
+    def calls(self) -> int:
+        """How many are being handled."""
+        return len(self._calls())
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[str]:
@@ -134,9 +149,7 @@ class JobServer(Server):
             if not reason or tls.dismissed:
                 continue
             tls.dismissed, tls.refusal = True, reason
-            address = address_of(connection.transport.get_extra_info("peername"))
-            logger.warning("ending the connection of %s: %s", address, reason)
-            self._audit.write("cut", **auth.who(connection.transport.get_extra_info("peercert"), address), reason=reason)
+            self.account.ended(connection.who(), reason, "untrusted")
             for stream in connection.streams():
                 call = stream.method.rpartition("/")[2]
                 stream.end_call(Status.UNAUTHENTICATED, f"cannot call {call}: {reason}")
@@ -166,7 +179,7 @@ class JobServer(Server):
 
     def _protocol_factory(self) -> ServerProtocol:
         handler = CallHandler(self._mapping, self._codec, self._status_details_codec, self.__dispatch__)
-        return ServerProtocol(handler, self._h2_config, self._bounds, self._frames, self._connections, self._changed)
+        return ServerProtocol(handler, self._h2_config, self._shared)
 
     async def _admit(self, event: RecvRequest) -> None:
         """Before anything of a call is looked at: may this peer make it?"""
@@ -183,14 +196,16 @@ class JobServer(Server):
                 raise Unavailable(f"cannot call {call}: the server is shutting down")
             changes = Role.VIEWER not in self._policy[event.method_name]
             unary = not self._mapping[event.method_name].cardinality.server_streaming
-            admitted = self._audit.begin(who, event.method_name, changes=changes, unary=unary)
+            admitted = self.account.begin(who, event.method_name, changes=changes, unary=unary)
         except LimitReached as exc:
+            self.account.refused(who, exc.bound, exc.message.removesuffix(f" ({exc.bound})"), event.method_name)
             event.method_func = refused(exc)
             return
         except (AccessError, Unavailable) as exc:
-            self._audit.denied(who, event.method_name, exc.message)
-            raise grpc_error(exc) from exc
-        event.method_func = audited(guarded(event.method_func, event.method_name), admitted)
+            answer = grpc_error(exc)
+            self.account.denied(who, event.method_name, answer.status, exc.message)
+            raise answer from exc
+        event.method_func = audited(guarded(event.method_func, event.method_name, self.account.met), admitted)
 
     def _charge(self, connection: ServerProtocol, method: str) -> None:
         """Count the call of this user. Raises LimitReached. Before authorization: denials cost as much, and are logged."""
@@ -200,7 +215,8 @@ class JobServer(Server):
                 rate.charge(connection.user, f"call {call}")
             except LimitReached as exc:
                 if rate.of(connection.user).overdrawn:
-                    asyncio.get_running_loop().call_soon(connection.end, exc.message)  # after this call has been told
+                    # Order: after this call has been told.
+                    asyncio.get_running_loop().call_soon(connection.end, exc.message, exc.bound)
                 raise
 
     def _calls(self) -> list[ServerStream]:

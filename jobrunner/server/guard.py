@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from grpclib.const import Status
@@ -16,7 +16,7 @@ from jobrunner.wire.codec import MalformedMessage
 from jobrunner.wire.status import error_to_wire
 
 if TYPE_CHECKING:
-    from jobrunner.server.http2 import ServerStream
+    from jobrunner.server.stream import ServerStream
 
 __all__ = ["grpc_error", "guarded", "refused"]
 
@@ -29,8 +29,11 @@ class Handler(Protocol):
     def __call__(self, stream: Stream[Any, Any]) -> Coroutine[Any, Any, None]: ...
 
 
-def guarded(handler: Handler, method: str) -> Handler:
-    """The handler, with every error that it raises answered in the words of `wire.status`; what is a bug is logged too."""
+def guarded(handler: Handler, method: str, met: Callable[[str], None]) -> Handler:
+    """The handler, with every error that it raises answered in the words of `wire.status`; what is a bug is logged too.
+
+    `met` is called with the name of a bound that the call has met.
+    """
 
     async def answer(stream: Stream[Any, Any]) -> None:
         try:
@@ -40,7 +43,10 @@ def guarded(handler: Handler, method: str) -> Handler:
         except H2Error as exc:  # the peer reset the stream while it was written to
             raise GRPCError(Status.CANCELLED, "the stream is closed") from exc
         except Exception as exc:
-            await refused(_known(exc, method))(stream)
+            error = _known(exc, method)
+            if isinstance(error, LimitReached):
+                met(error.bound)
+            await refused(error)(stream)
 
     return answer
 

@@ -1,21 +1,19 @@
-"""What one user may take of the server: rates, as token buckets, and numbers of things held at once.
+"""What one user may take of the server: rates, as token buckets, numbers of things held at once, and lanes for what is long.
 
 A bucket holds BURST seconds' worth: a script that makes many calls at once is not slowed down, a loop without a pause is.
 """
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from jobrunner.errors import LimitReached
 
-__all__ = ["Bucket", "Counted", "Rate"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Bucket", "Counted", "Lanes", "Rate"]
 
 BURST = 10.0
 A_FEW = 20.0
@@ -82,7 +80,6 @@ class Rate:
         self._clock = clock
         self._burst = burst
         self._buckets: dict[str, Bucket] = {}
-        self._told: dict[str, float] = {}
 
     def of(self, user: str) -> Bucket:
         """The bucket of this user. Those that are full again are as good as new, and forgotten."""
@@ -90,7 +87,6 @@ class Rate:
         if bucket is None:
             if len(self._buckets) >= MAX_IDLE:
                 self._buckets = {name: known for name, known in self._buckets.items() if not known.full}
-                self._told = {name: at for name, at in self._told.items() if name in self._buckets}
             bucket = self._buckets[user] = Bucket(self.per_second, self._clock, self._burst)
         return bucket
 
@@ -100,9 +96,6 @@ class Rate:
         wait = bucket.take()
         if not wait:
             return
-        if self._clock() - self._told.get(user, float("-inf")) > BURST:  # once, not for each call of a flood
-            self._told[user] = self._clock()
-            logger.warning("user %r makes more than %g %s a second (%s)", user, self.per_second, self._what, self.bound)
         reason = f'user "{user}" makes more than {self.per_second:g} {self._what} a second; try again in {wait:.2g} s'
         raise LimitReached(verb, self.bound, reason, retry_after=wait)
 
@@ -130,3 +123,25 @@ class Counted:
             self._held[key] -= 1
             if not self._held[key]:
                 del self._held[key]
+
+
+class Lanes:
+    """How many of a user's calls are worked on at once; the others wait. For what takes long, and would fill a common queue."""
+
+    def __init__(self, most: int) -> None:
+        self._lanes: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(most))
+        self._calls: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return self._calls.total()
+
+    @asynccontextmanager
+    async def one(self, user: str) -> AsyncIterator[None]:
+        self._calls[user] += 1
+        try:
+            async with self._lanes[user]:
+                yield
+        finally:
+            self._calls[user] -= 1
+            if not self._calls[user]:
+                del self._calls[user], self._lanes[user]

@@ -31,10 +31,13 @@ from jobrunner.linux.finding import Finding
 from jobrunner.runner import JobRunner
 from jobrunner.sandbox import needs
 from jobrunner.server import control
+from jobrunner.server.account import Account
 from jobrunner.server.app import JobServer
 from jobrunner.server.audit import Audit
 from jobrunner.server.devcerts import CLIENTS, make_certs
+from jobrunner.server.exposition import ServerCollector, exposed
 from jobrunner.server.health import HealthService
+from jobrunner.server.metrics import Metrics
 from jobrunner.server.notify import ServiceManager
 from jobrunner.server.reflection import ReflectionService
 from jobrunner.server.service import JobService
@@ -174,9 +177,10 @@ def main() -> None:
 
 
 class RunningServer(NamedTuple):
-    """What `running_server` gives; the address is HOST:PORT."""
+    """What `running_server` gives; addresses are HOST:PORT, and `metrics` is empty where there are none."""
 
     address: str
+    metrics: str
     server: JobServer
     runner: JobRunner
     trust: Trust
@@ -192,18 +196,20 @@ class RunningServer(NamedTuple):
 async def running_server(config: ServerConfig) -> AsyncIterator[RunningServer]:
     """A runner and a server over it, until it is left; that drains.
 
-    Raises ConfigError for certificates, HostError for the host, the state directory and the address.
+    Raises ConfigError for certificates, HostError for the host, the state directory and the addresses.
     """
     trust, audit = Trust(config), Audit(config.audit_log)
+    account = Account(audit, Metrics())
     async with JobRunner.open(config.runner, wait=False) as runner:
         draining = anyio.Event()
-        jobs = JobService(runner, draining, config.max_followers_per_job)
+        jobs = JobService(runner, draining, config.max_followers_per_job, account.metrics)
         handlers = [jobs, HealthService(draining), ReflectionService(descriptors.load())]
-        server = JobServer(handlers, config, trust, audit, draining)
-        async with server.serve() as address:
+        server = JobServer(handlers, config, trust, account, draining)
+        collector = ServerCollector(server, runner, trust)
+        async with exposed(config.metrics_listen, collector) as metrics, server.serve() as address:
             keeper = asyncio.get_running_loop().create_task(server.keep_trust())
             try:
-                yield RunningServer(address, server, runner, trust, audit)
+                yield RunningServer(address, metrics, server, runner, trust, audit)
             finally:
                 keeper.cancel()
 

@@ -7,6 +7,7 @@ and `RunnerJob.stop` see to that).
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
@@ -15,12 +16,13 @@ from grpclib.server import Stream
 
 from jobrunner import __version__
 from jobrunner.errors import HostError, JobNotFound, JobRemoved, StopFailed, Unsupported
-from jobrunner.job import EndReason, JobInfo, JobStatus
-from jobrunner.output import Selection
+from jobrunner.job import EndReason, Gap, JobInfo, JobStatus
+from jobrunner.output import Chunk, Selection
 from jobrunner.runner import JobRunner, RunnerJob
 from jobrunner.server.auth import current_identity
-from jobrunner.server.limits import Counted
+from jobrunner.server.limits import Counted, Lanes
 from jobrunner.server.listing import page
+from jobrunner.server.metrics import Metrics
 from jobrunner.wire import messages as pb
 from jobrunner.wire.convert import (
     info_to_wire,
@@ -36,6 +38,8 @@ __all__ = ["JobService"]
 
 PACKAGED = "/jobrunner.v1.JobService/"
 ORIGINAL = "/JobService/"
+LANES = 2
+"""Lists, and searches of a log for its last lines or for a time, that are made for one user at once."""
 ORIGINAL_CALLS = ("Start", "Stop", "QueryStatus", "SubscribeOutput")
 
 
@@ -46,10 +50,12 @@ class DrainState(Protocol):
 class JobService(pb.JobServiceBase):
     """The service over one runner."""
 
-    def __init__(self, runner: JobRunner, draining: DrainState, max_followers_per_job: int) -> None:
+    def __init__(self, runner: JobRunner, draining: DrainState, max_followers_per_job: int, metrics: Metrics) -> None:
         self._runner = runner
         self._draining = draining
+        self._metrics = metrics
         self._followers = Counted("max_followers_per_job", max_followers_per_job)
+        self._lists, self._searches = Lanes(LANES), Lanes(LANES)
 
     def __mapping__(self) -> dict[str, Handler]:
         mapping: dict[str, Handler] = super().__mapping__()
@@ -62,10 +68,12 @@ class JobService(pb.JobServiceBase):
         return mapping | {ORIGINAL + name: mapping[PACKAGED + name] for name in ORIGINAL_CALLS}
 
     async def start(self, message: pb.JobStartRequest) -> pb.JobStartResponse:
+        begun = time.monotonic()
         try:
             job = await self._runner.start(spec_from_wire(message), user=current_identity().user)
         except JobRemoved as exc:  # it was started, and once is what was asked for
             return pb.JobStartResponse(job_id=exc.job_id)
+        self._metrics.starts.observe(time.monotonic() - begun)
         return pb.JobStartResponse(job_id=job.job_id, info=info_to_wire(job.info()))
 
     async def stop(self, message: pb.JobStopRequest) -> pb.JobStopResponse:
@@ -132,7 +140,9 @@ class JobService(pb.JobServiceBase):
     async def _list(self, stream: Stream[pb.JobListRequest, Encoded]) -> None:
         request = await stream.recv_message()
         assert request is not None
-        await stream.send_message(await page(self._runner, request))
+        async with self._lists.one(current_identity().user):
+            answer = await page(self._runner, request)
+        await stream.send_message(answer)
 
     async def _subscribe_output(self, stream: Stream[pb.JobSubscriptionRequest, Encoded]) -> None:
         """Not through the generated base: chunks are encoded without it, and the reader is closed here, in the call's own task."""
@@ -149,13 +159,22 @@ class JobService(pb.JobServiceBase):
             # At once, so that a client knows that it is connected before there is any output.
             await stream.send_initial_metadata()
             if selection.tail is not None or selection.since is not None:
-                await stream.send_message(encode_output(await reader.locate()))
+                async with self._searches.one(current_identity().user):
+                    begin = await reader.locate()
+                await stream.send_message(encode_output(begin))
             async for part in reader:
                 await stream.send_message(encode_output(part))
+                self._count(part)
                 # A send does not yield while the peer's window is open: one fast reader would hold up every other call.
                 await asyncio.sleep(0)
             if reader.end is not None:
                 await stream.send_message(encode_output(reader.end))
+
+    def _count(self, part: Chunk | Gap) -> None:
+        if isinstance(part, Gap):
+            self._metrics.gaps_sent += 1
+        else:
+            self._metrics.bytes_sent += len(part.data)
 
 
 def _ending(info: JobInfo) -> str:

@@ -1,22 +1,25 @@
 """TLS on an accepted connection, and how many of them there may be.
 
 asyncio drops the alert of a handshake that fails (https://github.com/python/cpython/issues/98078) and tells nobody of it. So the
-listening socket is a plain one, and a subclass of asyncio's own TLS protocol sits on each connection: it sends the alert, logs the
-address and the reason, and keeps count.
+listening socket is a plain one, and a subclass of asyncio's own TLS protocol sits on each connection: it sends the alert, tells the
+address and the reason, and keeps count. Of each address one handshake goes on in a turn of the loop: each costs milliseconds, and
+others have to be heard in a flood of them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import ssl
 from asyncio import sslproto
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
+
+from jobrunner.server.turns import Turns
+
+if TYPE_CHECKING:
+    from jobrunner.server.account import Account
 
 __all__ = ["Listener", "Refused", "TlsConnection", "verified_chain"]
-
-logger = logging.getLogger(__name__)
 
 
 class Listener:
@@ -26,7 +29,7 @@ class Listener:
         self,
         context: ssl.SSLContext,
         admit: Callable[[list[bytes]], tuple[Any, str]],
-        failed: Callable[[str, str], object],
+        account: Account,
         app_protocol: Callable[[], asyncio.Protocol],
         *,
         max_connections: int,
@@ -35,13 +38,14 @@ class Listener:
         shutdown_timeout: float,
     ) -> None:
         """`admit` is given a client's verified certificates, its own first, DER: who it is, and why it may not be served, or "".
-        `failed` is given the address of a handshake that failed, and the reason.
 
         `app_protocol` makes what speaks on a connection whose peer has been authenticated. Times are seconds.
         """
         self.context = context
         self.admit = admit
-        self._failed = failed
+        self.account = account
+        self.turns = Turns()
+        """Of addresses."""
         self.handshake_timeout = handshake_timeout
         self.shutdown_timeout = shutdown_timeout
         self.pending: dict[TlsConnection, None] = {}
@@ -50,7 +54,6 @@ class Listener:
         self._app_protocol = app_protocol
         self._max_connections = max_connections
         self._max_pending = max_pending
-        self._refusing = False
 
     def __repr__(self) -> str:
         return f"<Listener {len(self.live)} live, {len(self.pending)} pending>"
@@ -58,13 +61,9 @@ class Listener:
     def accept(self) -> asyncio.BaseProtocol:
         """The protocol of the connection that has just come; a protocol factory for `loop.create_server`."""
         if len(self.live) >= self._max_connections:
-            self._tell_refusing("max_connections", self._max_connections, "connections")
-            return Refused()
+            return Refused(self, f"there are {self._max_connections} connections")
         if len(self.pending) >= self._max_pending:
-            self._tell_refusing("max_pending_handshakes", self._max_pending, "handshakes")
             self._give_way()
-        else:
-            self._refusing = False
         connection = TlsConnection(self, self._app_protocol())
         self.pending[connection] = None
         return connection
@@ -76,17 +75,9 @@ class Listener:
         silent = (connection for connection in self.pending if not connection.heard)
         oldest = next(silent, None) or next(iter(self.pending))
         del self.pending[oldest]
+        reason = f"there are {self._max_pending} handshakes, and this one has lasted the longest"
+        self.account.refused({"address": oldest.address}, "max_pending_handshakes", reason)
         oldest.abort()
-
-    def _tell_refusing(self, bound: str, most: int, what: str) -> None:
-        if not self._refusing:  # once, not for each connection of a flood
-            logger.warning("dropping connections: there are %d %s (%s)", most, what, bound)
-        self._refusing = True
-
-    def tell_failed(self, peername: Any, reason: str) -> None:
-        """Log and audit a handshake that failed."""
-        logger.warning("TLS handshake with %s failed: %s", address_of(peername), reason)
-        self._failed(address_of(peername), reason)
 
     def abort(self) -> None:
         """Drop every connection at once."""
@@ -97,8 +88,14 @@ class Listener:
 class Refused(asyncio.Protocol):
     """A connection too many: closed before it costs anything."""
 
+    def __init__(self, listener: Listener, reason: str) -> None:
+        self._listener = listener
+        self._reason = reason
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
+        address = address_of(transport.get_extra_info("peername"))
+        self._listener.account.refused({"address": address}, "max_connections", self._reason)
         transport.abort()
 
 
@@ -125,16 +122,30 @@ class TlsConnection(sslproto.SSLProtocol):
         self.dismissed = False
         self.refusal = ""
         """Why this client may not be served any more, once that is so."""
-        self._address: Any = None
+        self.address = "an unknown address"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._socket = transport
-        self._address = transport.get_extra_info("peername")
+        self.address = address_of(transport.get_extra_info("peername"))
+        # What may have come and not be decrypted, while what came before waits for its turn (`http2`). A record that is not whole
+        # is shorter than the lower one, or the rest of it would never be read.
+        cast("Any", self)._set_read_buffer_limits(4 * self.max_size, 2 * self.max_size)
         super().connection_made(transport)
 
     def buffer_updated(self, nbytes: int) -> None:
         self.heard = True
+        if self not in self._listener.pending or self._socket is None:
+            super().buffer_updated(nbytes)
+            return
+        self._socket.pause_reading()
+        self._listener.turns.take(self.address.rpartition(":")[0], lambda: self._go_on(nbytes))
+
+    def _go_on(self, nbytes: int) -> None:
+        """With the handshake. What has come is still in the buffer, as nothing was read since."""
+        if self._socket is None or self._socket.is_closing():
+            return
+        self._socket.resume_reading()
         super().buffer_updated(nbytes)
 
     def abort(self) -> None:
@@ -150,7 +161,7 @@ class TlsConnection(sslproto.SSLProtocol):
             self.client, self.refusal = self._listener.admit(verified_chain(connection))
             self._extra["connection"] = self
         else:
-            self._listener.tell_failed(self._address, reason_of(handshake_exc))
+            self._listener.account.handshake_failed(self.address, reason_of(handshake_exc))
             flush: Callable[[], None] = getattr(self, "_process_outgoing")  # noqa: B009 - typeshed does not know it
             flush()  # Order: the alert, before the transport is closed without it.
         super()._on_handshake_complete(handshake_exc)
@@ -158,7 +169,7 @@ class TlsConnection(sslproto.SSLProtocol):
     def _check_handshake_timeout(self) -> None:
         if self in self._listener.pending:
             seconds = self._listener.handshake_timeout
-            self._listener.tell_failed(self._address, f"not done within {seconds:g} s")
+            self._listener.account.handshake_failed(self.address, f"not done within {seconds:g} s")
         super()._check_handshake_timeout()
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -175,13 +186,13 @@ def verified_chain(connection: Any) -> list[bytes]:
     return [each.public_bytes(der) for each in connection._sslobj.get_verified_chain()]
 
 
-def reason_of(exc: BaseException) -> str:
-    """OpenSSL's words for why it refused a peer."""
+def reason_of(exc: BaseException | type[BaseException]) -> str:
+    """OpenSSL's words for why it refused a peer. asyncio gives a class, too."""
     if isinstance(exc, ssl.SSLCertVerificationError):
         return exc.verify_message
     if isinstance(exc, ssl.SSLError) and exc.reason:
         return exc.reason.replace("_", " ").lower()
-    if isinstance(exc, ConnectionError):
+    if isinstance(exc, ConnectionError) or exc is ConnectionResetError:
         return "the client closed the connection: it may not accept the server's certificate"
     return str(exc)
 

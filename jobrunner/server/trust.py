@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -51,6 +51,7 @@ class _Files:
     revoked: frozenset[tuple[bytes, int]]
     """Issuer, DER, and serial number."""
     lists: tuple[x509.CertificateRevocationList, ...]
+    ends: Mapping[str, datetime]
     signature: _Signature
 
 
@@ -110,6 +111,10 @@ class Trust:
         """Let `keep` read the files again, changed or not."""
         self._asked.set()
 
+    def ends(self) -> Mapping[str, datetime]:
+        """When the first of the files in force stops to hold: `server`, `ca`, `crl`."""
+        return self._files.ends
+
     def admit(self, chain: Sequence[bytes]) -> tuple[Client, str]:
         """Who has just connected, and as `judge`: the files may have changed during the handshake."""
         try:
@@ -165,12 +170,20 @@ class Trust:
         signature = self._signature()
         context = server_context(config.ca, config.cert, config.key, crl=config.crl, passphrase_file=config.key_passphrase_file)
         try:
-            anchors = frozenset(map(_anchor, x509.load_pem_x509_certificates(config.ca.read_bytes())))
+            cas = x509.load_pem_x509_certificates(config.ca.read_bytes())
+            anchors = frozenset(map(_anchor, cas))
         except (OSError, ValueError) as exc:
             raise ConfigError(f"CA certificate {config.ca}", str(exc)) from exc
+        try:
+            own = x509.load_pem_x509_certificates(config.cert.read_bytes())
+        except (OSError, ValueError) as exc:
+            raise ConfigError(f"certificate {config.cert}", str(exc)) from exc
         lists = () if config.crl is None else tuple(_lists(config.crl))
         revoked = frozenset((each.issuer.public_bytes(), entry.serial_number) for each in lists for entry in each)
-        return _Files(context, anchors, revoked, lists, signature)
+        ends = {"server": min(each.not_valid_after_utc for each in own), "ca": min(each.not_valid_after_utc for each in cas)}
+        if lists:
+            ends["crl"] = min(each.next_update_utc or datetime.now(UTC) for each in lists)
+        return _Files(context, anchors, revoked, lists, ends, signature)
 
     def _paths(self) -> list[Path]:
         config = self._config

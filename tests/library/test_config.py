@@ -216,3 +216,15 @@ def test_what_is_no_range_or_path_is_refused(tmp_path: Path, text: str, reason: 
     with pytest.raises(ConfigError) as caught:
         from_file(tmp_path, text)
     assert reason in caught.value.message
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1"])
+def test_metrics_may_be_on_loopback(listen: str) -> None:
+    assert load(None, {}, GIVEN | {"metrics_listen": listen}).metrics_listen == listen
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.org:1"])
+def test_metrics_are_for_everyone_only_with_a_word(listen: str) -> None:
+    with pytest.raises(ConfigError, match=r"metrics_listen: .* is not an address of loopback.*metrics_anywhere = true"):
+        load(None, {}, GIVEN | {"metrics_listen": listen})
+    assert load(None, {"JOBRUNNERD_METRICS_ANYWHERE": "true"}, GIVEN | {"metrics_listen": listen}).metrics_listen == listen

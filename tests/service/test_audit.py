@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,14 +15,19 @@ import anyio
 import pytest
 
 from jobrunner.errors import ConfigError, PermissionDenied, Unauthenticated, Unavailable
+from jobrunner.server.account import Account
 from jobrunner.server.audit import Audit
+from jobrunner.server.metrics import Metrics
 from tests.support.cli import jobrunner
 from tests.support.daemon import ServerProcess, server_process
-from tests.support.server import eventually
+from tests.support.http2 import framed, raw_peer
+from tests.support.server import eventually, serving
 from tests.support.timing import at_most
 
 pytestmark = pytest.mark.requires("root")
 SECRET = "hunter2-94c1fd"
+QUERY = "/jobrunner.v1.JobService/QueryStatus"
+SUBSCRIBE = "/jobrunner.v1.JobService/SubscribeOutput"
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +127,65 @@ def test_while_it_cannot_be_written_nothing_is_changed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read audit log"):
         Audit(tmp_path / "audit")
     audit = Audit(Path("/dev/full"))
+    account = Account(audit, Metrics())
     with pytest.raises(Unavailable, match="cannot call Start: the audit log cannot be written"):
-        audit.begin({}, "/jobrunner.v1.JobService/Start", changes=True, unary=True)
-    audit.begin({}, "/jobrunner.v1.JobService/List", changes=False, unary=True)
+        account.begin({}, "/jobrunner.v1.JobService/Start", changes=True, unary=True)
+    account.begin({}, "/jobrunner.v1.JobService/List", changes=False, unary=True)
     audit.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+async def test_refusals_and_ends_of_connections_are_told_with_who_and_why(tmp_path: Path) -> None:
+    log = tmp_path / "audit.jsonl"
+    async with serving(tmp_path, audit_log=log, max_calls_per_second=0.1, max_streams_per_connection=1) as running:
+        async with raw_peer(running, "viewer") as peer:
+            for _ in range(2):
+                await peer.status(await peer.request(QUERY, framed(b"")))
+        async with raw_peer(running, "viewer", alpn=None) as peer:
+            await peer.wait_lost()
+        async with raw_peer(running) as peer:
+            await peer.receive()
+            peer.writer.write(b"\0\0\x05\x06\0\0\0\0\0hello")  # a PING that is too short
+            await peer.wait_lost()
+        host, _, port = running.address.rpartition(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.transport.abort()
+        await eventually(lambda: read(log)[-1]["event"] == "handshake")
+    told = {line["event"]: line for line in read(log)}
+    assert told["refused"]["bound"] == "max_calls_per_second"
+    assert told["refused"]["rpc"] == QUERY
+    assert told["refused"]["reason"].startswith('cannot call QueryStatus: user "viewer" makes more than 0.1 calls a second')
+    ends = [(line["user"], line["reason"]) for line in read(log) if line["event"] == "cut"]
+    assert ends[0] == ("viewer", "it does not speak HTTP/2 (ALPN h2)")
+    assert ends[1][0] == "admin" and ends[1][1].startswith("cannot go on: ")
+    assert told["handshake"]["reason"] == "the client closed the connection: it may not accept the server's certificate"
+
+
+async def test_a_stream_that_is_denied_is_told(tmp_path: Path) -> None:
+    log = tmp_path / "audit.jsonl"
+    async with serving(tmp_path, audit_log=log, viewer_output=False) as running, raw_peer(running, "viewer") as peer:
+        assert (await peer.status(await peer.request(SUBSCRIBE, framed(b""))))[0] == "7"
+    (line,) = read(log)
+    assert (line["event"], line["rpc"], line["user"]) == ("denied", SUBSCRIBE, "viewer")
+
+
+async def test_a_flood_is_counted_and_one_peer_does_not_hide_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobrunner.server.account.SUM_UP", 0.01)
+    log = tmp_path / "audit.jsonl"
+    account = Account(Audit(log), Metrics())
+    for _ in range(5000):
+        account.handshake_failed("10.0.0.1:1", "unsupported protocol")
+    account.handshake_failed("10.0.0.2:1", "certificate has expired")
+    await eventually(lambda: "times" in read(log)[-1])
+    told = read(log)
+    assert len(told) < 50
+    assert told[-2]["address"] == "10.0.0.2:1"
+    assert told[-1]["times"] + len(told) - 1 == 5001
+    assert account.metrics.handshake_failures["version"] == 5000
+    account.audit.close()
 
 
 def test_the_value_of_a_variable_is_nowhere_but_in_its_job(audited: ServerProcess, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from h2.events import ConnectionTerminated, StreamReset
 
 from jobrunner.client import JobClient
 from jobrunner.errors import LimitReached
-from jobrunner.server.limits import Bucket, Counted, Rate
+from jobrunner.server.limits import Bucket, Counted, Lanes, Rate
 from tests.support.http2 import HEADERS, RawPeer, framed, raw_peer
 from tests.support.server import Running, eventually, failure, message, serving, start, subscribe, unary
 
@@ -124,6 +124,38 @@ async def test_a_log_has_so_many_followers_and_a_place_is_free_again(tmp_path: P
         await eventually(lambda: len(running.server._calls()) == 1)
         assert (await _first(subscribe(channel, job_id=job_id))).stdout == b"hi\n"
         followers[1].cancel()
+
+
+async def test_a_user_has_so_many_calls_at_once_on_all_connections_together(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_calls_per_user=2) as running, raw_peer(running) as one, raw_peer(running) as other:
+        waiting = await one.request(QUERY, end=False)
+        await other.request(QUERY, end=False)
+        await eventually(lambda: running.server.calls == 2)
+        status, text = await other.status(await other.request(QUERY, framed(b"")))
+        assert (status, text) == (RESOURCE_EXHAUSTED, 'cannot read request: user "admin" has 2 calls at once (max_calls_per_user)')
+        async with raw_peer(running, "viewer") as third:
+            assert (await third.status(await third.request(QUERY, framed(b""))))[0] == NOT_FOUND
+        one.h2.reset_stream(waiting)
+        await one.flush()
+        await eventually(lambda: running.server.calls == 1)
+        assert (await other.status(await other.request(QUERY, framed(b""))))[0] == NOT_FOUND
+
+
+async def test_what_takes_long_has_lanes_and_the_others_wait() -> None:
+    lanes, open_, at_work = Lanes(2), anyio.Event(), []
+
+    async def call(user: str) -> None:
+        async with lanes.one(user):
+            at_work.append(user)
+            await open_.wait()
+
+    async with anyio.create_task_group() as group:
+        for user in ("a", "a", "a", "b"):
+            group.start_soon(call, user)
+        await eventually(lambda: len(lanes) == 4)
+        assert sorted(at_work) == ["a", "a", "b"]
+        open_.set()
+    assert (len(at_work), len(lanes), len(lanes._lanes)) == (4, 0, 0)
 
 
 async def _first(call: Any) -> Any:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from jobrunner.client import JobClient
 from jobrunner.config import RunnerConfig, ServerConfig
-from jobrunner.errors import JobRunnerError, PermissionDenied, Unauthenticated
+from jobrunner.errors import JobRunnerError, PermissionDenied, Unauthenticated, Unavailable
+from jobrunner.job import JobSpec
 from jobrunner.server.main import RunningServer, running_server
 from tests.service.test_roles import AS_ADMIN, AS_VIEWER, DENIED, REFUSED, TABLE, _answer
 from tests.support.certs import Pair
 from tests.support.openssl import DAY, OpenSslCa
-from tests.support.server import official_channel
-from tests.support.timing import fail_after
+from tests.support.server import eventually, official_channel
+from tests.support.timing import at_most, fail_after
 
 pytestmark = pytest.mark.requires("root", "command:openssl")
 
@@ -124,24 +127,88 @@ async def test_every_rpc_and_the_client_are_told(tmp_path: Path, kind: str) -> N
                     assert told in caught.value.message
 
 
-@pytest.mark.parametrize("fault", ["TLS 1.2", "no ALPN"])
-async def test_what_is_not_our_protocol_is_not_answered(tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_client_below_tls_1_3_and_the_server_both_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with site(tmp_path) as here:
         pair = certificate(here, "admin")
         context = ssl.create_default_context(cafile=here.trusted)
         context.load_cert_chain(pair.cert, pair.key)
-        if fault == "TLS 1.2":
-            context.maximum_version = ssl.TLSVersion.TLSv1_2
-            context.set_alpn_protocols(["h2"])
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
         host, _, port = here.running.address.rpartition(":")
-        with anyio.fail_after(20):
-            try:
-                reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
-                assert fault == "no ALPN"
+
+        def connect() -> str | None:
+            with socket.create_connection((host, int(port))) as raw, pytest.raises(ssl.SSLError) as caught:
+                context.wrap_socket(raw, server_hostname="localhost")
+            return caught.value.reason
+
+        with fail_after(20):
+            assert await anyio.to_thread.run_sync(connect) == "TLSV1_ALERT_PROTOCOL_VERSION"
+            await eventually(lambda: any(text.endswith(" failed: unsupported protocol") for text in caplog.messages))
+
+
+async def test_a_server_below_tls_1_3_is_refused_by_the_client_which_says_so(tmp_path: Path) -> None:
+    ca = OpenSslCa(tmp_path / "ca")
+    pair = ca.issue("server", "/CN=server", use="serverAuth", hosts="DNS:localhost,IP:127.0.0.1")
+    own = ca.issue("c", "/OU=admin/CN=c")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.cert, pair.key)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+
+    def refuse(listener: socket.socket) -> str | None:
+        raw, _ = listener.accept()
+        with raw, pytest.raises(ssl.SSLError) as caught:
+            context.wrap_socket(raw, server_side=True)
+        return caught.value.reason
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with fail_after(20):
+            async with (
+                JobClient(address, ca=ca.pem, cert=own.cert, key=own.key) as client,
+                anyio.create_task_group() as group,
+            ):
+                group.start_soon(anyio.to_thread.run_sync, refuse, listener)
+                with pytest.raises(Unavailable, match=f"cannot reach {address}: .*the server does not speak TLS 1.3"):
+                    await client.list()
+
+
+async def test_what_does_not_speak_http2_is_not_answered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with site(tmp_path) as here:
+        pair = certificate(here, "admin")
+        context = ssl.create_default_context(cafile=here.trusted)
+        context.load_cert_chain(pair.cert, pair.key)
+        host, _, port = here.running.address.rpartition(":")
+        with fail_after(20):
+            reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
+            with suppress(OSError):
                 await reader.read()  # to its end: what the server had to say, and no answer
-                writer.close()
-            except (ssl.SSLError, ConnectionError):
-                pass
-            why = {"TLS 1.2": "unsupported protocol", "no ALPN": "it does not speak HTTP/2 (ALPN h2)"}[fault]
-            while not any(why in record.getMessage() for record in caplog.records):  # noqa: ASYNC110
-                await anyio.sleep(0.01)
+            writer.close()
+            await eventually(lambda: any("it does not speak HTTP/2 (ALPN h2)" in text for text in caplog.messages))
+
+
+async def test_a_certificate_that_ends_on_a_live_connection_ends_it(tmp_path: Path) -> None:
+    """A stream and a call that waits are told within 5 s of that, and the job runs on."""
+    async with site(tmp_path) as here:
+        job = await here.running.runner.start(JobSpec("/bin/sleep", ("60",)), user="c")
+        end = datetime.now(UTC) + timedelta(seconds=4)
+        pair = here.ca.issue("c", "/OU=viewer/CN=c", end=timedelta(seconds=4))
+        told: list[str] = []
+
+        async def until_told(call: Callable[[], Awaitable[object]]) -> None:
+            with pytest.raises(Unauthenticated) as caught:
+                await call()
+            told.append(caught.value.message)
+
+        with fail_after(30):
+            async with JobClient(here.running.address, ca=here.trusted, cert=pair.cert, key=pair.key) as client:
+                same = client.get(job.job_id)
+                assert (await same.info()).status == "running"
+                async with same.log() as output, anyio.create_task_group() as group:
+                    group.start_soon(until_told, output.next_line)
+                    group.start_soon(until_told, same.wait)
+                assert datetime.now(UTC) - end < timedelta(seconds=at_most(5))
+                assert all("the client certificate has expired" in text for text in told), told
+                await eventually(lambda: here.running.server.connections == 0)
+                with pytest.raises(Unauthenticated, match="it has expired"):
+                    await client.list()
+        assert not job.ended
+        await job.stop(grace=0)

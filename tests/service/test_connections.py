@@ -58,9 +58,10 @@ async def test_of_the_handshakes_too_many_the_oldest_gives_way(tmp_path: Path, c
         assert len(running.server.listener.pending) <= 2
         for _, writer in waiting:
             writer.transport.abort()
-    assert [text for text in caplog.messages if "dropping" in text] == [
-        "dropping connections: there are 2 handshakes (max_pending_handshakes)"
-    ]
+    assert any(
+        text.endswith("there are 2 handshakes, and this one has lasted the longest (max_pending_handshakes)")
+        for text in caplog.messages
+    )
 
 
 async def test_peers_that_come_and_go_leave_nothing(tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ async def test_a_peer_that_does_not_read_the_answers_to_its_pings_is_cut(tmp_pat
 
 
 async def test_calls_that_are_reset_in_a_flood_are_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async with serving(tmp_path, max_streams_per_connection=10) as running, raw_peer(running) as peer:
+    async with serving(tmp_path, max_streams_per_connection=2) as running, raw_peer(running) as peer:
         await peer.receive()
         for _ in range(200):
             peer.h2.reset_stream(open_call(peer))

@@ -104,7 +104,7 @@ TABLE = {
     "CONTINUATION of another stream": Row("6.10", headers(flags=0) + frame(CONTINUATION, flags=4, stream=3), "connection"),
     "PRIORITY on stream 0": Row("6.3", frame(PRIORITY, bytes(5)), "connection"),
     "PRIORITY of a wrong size": Row("6.3", OPEN + frame(PRIORITY, bytes(4), stream=1), "stream", (SIZE,)),
-    "a stream that depends on itself": Row("7540, 5.3.1", frame(PRIORITY, struct.pack("!IB", 1, 15), stream=1), "stream"),
+    "a stream that depends on itself": Row("5.3.2", frame(PRIORITY, struct.pack("!IB", 1, 15), stream=1), "none"),
     "RST_STREAM on stream 0": Row("6.4", frame(RST_STREAM, bytes(4)), "connection"),
     "RST_STREAM of a wrong size": Row("6.4", OPEN + frame(RST_STREAM, bytes(3), stream=1), "connection", (SIZE,)),
     "SETTINGS on a stream": Row("6.5", frame(SETTINGS, stream=1), "connection"),
@@ -154,15 +154,8 @@ TABLE = {
 
 ENDS_THE_CONNECTION = {
     "a frame longer than SETTINGS_MAX_FRAME_SIZE",
-    "PRIORITY of a wrong size",
-    "a stream that depends on itself",
-    "WINDOW_UPDATE of 0 on a stream",
-    "DATA past the window",
-    "trailers without END_STREAM",
-    "less than content-length",
-    "more than content-length",
-    "content-length that is no number",
 }
+"""To skip the rest of it, the server would have to read it: 16 MiB of what nobody wants."""
 
 
 class Answer(NamedTuple):

@@ -23,7 +23,7 @@ from jobrunner.client import JobClient
 from jobrunner.server.devcerts import make_certs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 READY = re.compile(rb"listening on (\S+:\d+)")
 USERS = {"admin": "admin", "viewer": "viewer", "nobody": "operators"}
@@ -33,7 +33,8 @@ USERS = {"admin": "admin", "viewer": "viewer", "nobody": "operators"}
 class ServerProcess:
     """A running server. `address` is where it listens, `log` what it has written."""
 
-    def __init__(self, directory: Path, *options: str, listen: str = "127.0.0.1:0") -> None:
+    def __init__(self, directory: Path, *options: str, listen: str = "127.0.0.1:0", before: Sequence[str] = ()) -> None:
+        """`before` is what the command begins with, if it is to be executed by something."""
         self.certs = directory / "certs"
         self.state = directory / "state"
         self.stranger = directory / "stranger"
@@ -44,7 +45,7 @@ class ServerProcess:
         self._ready = threading.Event()
         files = (f"--ca={self.certs}/ca.pem", f"--cert={self.certs}/server.pem", f"--key={self.certs}/server.key")
         program = Path(sys.executable).with_name("jobrunnerd")
-        command = [str(program), "serve", f"--listen={listen}", f"--state-dir={self.state}", *files, *options]
+        command = [*before, str(program), "serve", f"--listen={listen}", f"--state-dir={self.state}", *files, *options]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -99,9 +100,9 @@ async def stop_all(server: ServerProcess) -> None:
 
 
 @contextmanager
-def server_process(directory: Path, *options: str) -> Iterator[ServerProcess]:
+def server_process(directory: Path, *options: str, before: Sequence[str] = ()) -> Iterator[ServerProcess]:
     """A server that is gone at the end, and its jobs with it: they outlive their server by design."""
-    running = ServerProcess(directory, *options)
+    running = ServerProcess(directory, *options, before=before)
     try:
         yield running
         if running.process.poll() is None:

@@ -35,6 +35,8 @@ class Running:
     server: JobServer
     runner: JobRunner
     authority: CertificateAuthority
+    metrics: str = ""
+    """Where metrics are, HOST:PORT."""
 
     def pair(self, user: str, unit: str) -> Pair:
         """A client's certificate with this OU, made when it is asked for."""
@@ -71,7 +73,7 @@ async def serving(path: Path, *, keep_jobs: bool = False, **settings: Any) -> As
     config = ServerConfig(runner=runner, ca=authority.pem, cert=pair.cert, key=pair.key, **settings)
     async with running_server(config) as running:
         try:
-            yield Running(running.address, running.server, running.runner, authority)
+            yield Running(running.address, running.server, running.runner, authority, running.metrics)
         finally:
             with anyio.CancelScope(shield=True), anyio.fail_after(30):
                 for job in [] if keep_jobs else await running.runner.list():

@@ -1,0 +1,170 @@
+"""One call as it is sent and received: grpclib's stream with the bounds that it lacks.
+
+message size            a longer one is RESOURCE_EXHAUSTED before it is buffered
+a message that does not come, a send without progress: end their call, or the connection if that is what stalls
+every call is answered: never with UNKNOWN
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from grpclib.const import Status
+from grpclib.exceptions import GRPCError
+from grpclib.metadata import encode_bin_value, encode_grpc_message
+from grpclib.protocol import Connection, Stream
+
+from jobrunner.errors import InvalidRequest, JobRunnerError, LimitReached
+from jobrunner.wire.status import error_to_wire
+
+if TYPE_CHECKING:
+    from jobrunner.server.http2 import ServerConnection
+
+__all__ = ["Bounds", "ServerStream"]
+
+MAX_AT_ONCE = 128 * 1024
+"""Bytes of a message that may be written at once: a log's chunks. Longer ones wait for the peer between their frames."""
+PUSHBACK = "grpc-retry-pushback-ms"
+"""Other gRPC clients know it: https://github.com/grpc/proposal/blob/master/A6-client-retries.md#pushback"""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of one connection; sizes in bytes, times in seconds."""
+
+    max_message: int
+    max_header_size: int
+    max_streams: int
+    max_connections_per_user: int
+    max_calls_per_user: int
+    receive_timeout: float
+    send_timeout: float
+
+
+class ServerStream(Stream):
+    """One call's HTTP/2 stream."""
+
+    method = ""
+    wants_message = False
+    """Whether exactly one message is due from the client."""
+    answered = False
+    refusal: LimitReached | None = None
+    """Why this call is not looked at, if it is not."""
+    pushback: float = 0.0
+    """Seconds after which the client may make this call again, told with its end; 0 for nothing to tell."""
+
+    def __init__(self, connection: Connection, stream_id: int, bounds: Bounds) -> None:
+        super().__init__(connection, connection._connection, connection._transport, stream_id=stream_id)
+        self._bounds = bounds
+        self._messages = 0
+        self._in_message = False
+
+    async def recv_data(self, size: int) -> bytes:
+        """grpclib reads a message as its prefix of 5 bytes and then its body. Raises InvalidRequest and LimitReached."""
+        if size > self._bounds.max_message:
+            raise LimitReached(
+                "read request", "max_message", f"its message of {size} bytes is longer than {self._bounds.max_message}"
+            )
+        try:
+            data = await self._received(size)
+        except AssertionError as exc:  # grpclib's word for a stream that ends too early
+            raise InvalidRequest("message", "the stream ends within it", verb="read request") from exc
+        if not self._in_message and not data and self.wants_message and not self._messages:
+            raise InvalidRequest("message", "there is none", verb="read request")
+        if self._in_message and len(data) < size:
+            raise InvalidRequest("message", "the stream ends within it", verb="read request")
+        self._messages += self._in_message
+        self._in_message = not self._in_message
+        return data
+
+    async def _received(self, size: int) -> bytes:
+        """Not for a call that streams to the server, which may be silent as long as it likes."""
+        if not self.wants_message:
+            return await super().recv_data(size)
+        seconds = self._bounds.receive_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await super().recv_data(size)
+        except TimeoutError as exc:
+            why = f"its message is not there after {seconds:g} s"
+            raise LimitReached("read request", "receive_timeout", why) from exc
+
+    async def refuse(self, error: JobRunnerError) -> None:
+        """Answer with this error, where there is no handler to do it."""
+        wire = error_to_wire(error)
+        headers = [(":status", "200"), ("content-type", "application/grpc+proto"), ("grpc-status", str(wire.status.value))]
+        headers.append(("grpc-message", encode_grpc_message(wire.message)))
+        headers += [(name, encode_bin_value(value).decode()) for name, value in wire.trailer.items()]
+        await self.send_headers(headers, end_stream=True)
+        if self.closable:
+            self.reset_nowait()
+
+    async def send_headers(self, headers: list[tuple[str, str]], end_stream: bool = False) -> None:
+        headers = _never_unknown(headers)
+        if end_stream and self.pushback:
+            headers.append((PUSHBACK, str(math.ceil(1000 * self.pushback))))
+        with self._progress():
+            await super().send_headers(headers, end_stream)
+        self.answered = self.answered or end_stream
+
+    async def send_data(self, data: bytes, end_stream: bool = False) -> None:
+        if not self._send_at_once(data, end_stream):
+            with self._progress():
+                await super().send_data(data, end_stream)
+
+    def _send_at_once(self, data: bytes, end_stream: bool) -> bool:
+        """If nothing is in its way: all of its frames in one write, and no timer for what waits for nobody. Else False."""
+        assert self.id is not None
+        h2, size = self._h2_connection, len(data)
+        if size > MAX_AT_ONCE or not self.connection.write_ready.is_set() or h2.local_flow_control_window(self.id) < size:
+            return False
+        most = h2.max_outbound_frame_size
+        for at in range(0, size or 1, most):
+            h2.send_data(self.id, data[at : at + most], end_stream=end_stream and at + most >= size)
+        self._transport.write(h2.data_to_send())
+        self.data_sent += size
+        self.connection.data_sent += size
+        self.connection.data_send_process()
+        return True
+
+    def end_call(self, status: Status, message: str) -> None:
+        """Let the call be answered with this, wherever its handler is."""
+        if self.wrapper is not None:
+            self.wrapper.cancel(GRPCError(status, message))
+
+    @contextmanager
+    def _progress(self) -> Iterator[None]:
+        """End the call if what is sent inside makes no progress for `send_timeout` seconds."""
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._bounds.send_timeout, self._check_progress, self.data_sent)
+        try:
+            yield
+        finally:
+            self._timer.cancel()
+
+    def _check_progress(self, sent_before: int) -> None:
+        loop, seconds = asyncio.get_running_loop(), self._bounds.send_timeout
+        if self.data_sent > sent_before:
+            self._timer = loop.call_later(seconds, self._check_progress, self.data_sent)  # `_progress` cancels it
+            return
+        protocol = cast("ServerConnection", self.connection).protocol
+        if not self.connection.write_ready.is_set():
+            # Nothing can be told to a peer that does not read: its other calls hang as well.
+            protocol.cut(f"it has read nothing for {seconds:g} s (send_timeout)", "send_timeout")
+        else:
+            protocol.shared.account.met("send_timeout")
+            self.end_call(Status.RESOURCE_EXHAUSTED, f"cannot send: the client has read nothing for {seconds:g} s (send_timeout)")
+
+
+def _never_unknown(headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """grpclib answers UNKNOWN where the protocol has a word: for its own failures, and for requests that are none."""
+    if ("grpc-status", str(Status.UNKNOWN.value)) not in headers:
+        return headers
+    bug = ("grpc-message", "Internal Server Error") in headers
+    status = Status.INTERNAL if bug else Status.INVALID_ARGUMENT
+    return [(name, str(status.value) if name == "grpc-status" else value) for name, value in headers]

@@ -1,0 +1,154 @@
+"""What Prometheus is told, read with its own parser, and what those can do who ask for it slowly."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from jobrunner.errors import HostError
+from tests.support.http2 import framed, raw_peer
+from tests.support.server import Running, eventually, failure, message, serving, start, subscribe, unary
+from tests.support.timing import fail_after
+
+pytestmark = pytest.mark.requires("root")
+
+QUERY = "/jobrunner.v1.JobService/QueryStatus"
+ON: dict[str, Any] = {"metrics_listen": "127.0.0.1:0"}
+Samples = dict[tuple[str, ...], float]
+
+
+async def ask(running: Running, request: bytes = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n") -> tuple[bytes, bytes]:
+    """Head and body of the answer; both empty if there is none."""
+    host, _, port = running.metrics.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(request)
+        with fail_after(10):
+            answer = await reader.read()
+    except OSError:
+        answer = b""
+    finally:
+        writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return head, body
+
+
+async def samples(running: Running) -> Samples:
+    """Name and values of the labels, in the order of their names, to the value."""
+    head, body = await ask(running)
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n"), head
+    return {
+        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(body.decode())
+        for sample in family.samples
+    }
+
+
+async def test_calls_jobs_output_and_refusals_are_counted(tmp_path: Path) -> None:
+    limits: dict[str, Any] = {"max_followers_per_job": 1, "viewer_output": False}
+    async with serving(tmp_path, **ON, **limits) as running, running.channel() as channel:
+        before = await samples(running)
+        assert before["jobrunner_jobs_started_total",] == 0
+        job = await start(channel, "/bin/sh", "-c", "echo hi; exec sleep 60")
+        follower = subscribe(channel, job_id=job)
+        assert (await follower.read()).stdout == b"hi\n"
+        now = await samples(running)
+        assert (now["jobrunner_jobs", "running"], now["jobrunner_calls_in_progress",]) == (1, 1)
+        assert now["jobrunner_connections",] == 1
+        assert now["jobrunner_output_sent_bytes_total",] == 3
+        await failure(subscribe(channel, job_id=job).read())
+        async with running.channel(user="viewer") as viewer:
+            await failure(subscribe(viewer, job_id=job).read())
+        await unary(channel, "Stop", "JobStopResponse")(message("JobStopRequest", job_id=job))
+        follower.cancel()
+        await failure(unary(channel, "Start", "JobStartResponse")(message("JobStartRequest", command="/nonexistent")))
+        name = "/jobrunner.v1.JobService/"
+        await eventually(lambda: running.server.calls == 0)
+        now = await samples(running)
+        assert {key[1:]: value for key, value in now.items() if key[0] == "jobrunner_calls_total"} == {
+            (name + "Start", "OK"): 1,
+            (name + "Start", "FAILED_PRECONDITION"): 1,
+            (name + "Stop", "OK"): 1,
+            (name + "SubscribeOutput", "RESOURCE_EXHAUSTED"): 1,
+            (name + "SubscribeOutput", "PERMISSION_DENIED"): 1,
+            (name + "SubscribeOutput", "OK"): 1,
+        } or (name + "SubscribeOutput", "CANCELLED") in {key[1:] for key in now}
+        assert now["jobrunner_refusals_total", "max_followers_per_job"] == 1
+        assert now["jobrunner_jobs_started_total",] == 1
+        assert now["jobrunner_jobs_ended_total", "stopped", "terminated"] == 1
+        assert (now["jobrunner_jobs", "running"], now["jobrunner_jobs", "terminated"]) == (0, 1)
+        assert now["jobrunner_start_seconds_count",] == now["jobrunner_start_seconds_bucket", "+Inf"] == 1
+        assert now["jobrunner_start_seconds_sum",] > 0
+        assert now["process_resident_memory_bytes",] > 1 << 20
+        assert now["jobrunner_certificate_expiry_timestamp_seconds", "server"] > time.time()
+        _, body = await ask(running)
+        assert job not in body.decode(), "no series of a job"
+        assert "viewer" not in body.decode(), "nor of a user"
+
+
+async def test_failed_handshakes_and_ended_connections_are_counted_by_their_kind(tmp_path: Path) -> None:
+    async with serving(tmp_path, **ON) as running:
+        host, _, port = running.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        await reader.read()
+        writer.close()
+        async with raw_peer(running, alpn=None) as peer:
+            await peer.wait_lost()
+        now = await samples(running)
+        assert now["jobrunner_handshake_failures_total", "not_tls"] == 1
+        assert now["jobrunner_handshake_failures_total", "expired"] == 0, "told from the start, so that a rate can be seen"
+        assert now["jobrunner_connections_ended_total", "alpn"] == 1
+
+
+async def test_who_is_slow_holds_up_nobody_and_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobrunner.server.exposition.SECONDS", 1.0)
+    async with serving(tmp_path, **ON) as running:
+        host, _, port = running.metrics.rpartition(":")
+        slow = [await asyncio.open_connection(host, int(port)) for _ in range(30)]
+        for _, writer in slow:
+            writer.write(b"GET /metr")
+        assert (await samples(running))["jobrunner_connections",] == 0
+        async with raw_peer(running) as peer:
+            assert (await peer.status(await peer.request(QUERY, framed(b""))))[0] == "5"
+        with fail_after(20):
+            for reader, writer in slow:
+                with suppress(OSError):
+                    assert await reader.read() == b""
+                writer.close()
+
+
+@pytest.mark.parametrize(
+    ("request_", "answer"),
+    [
+        (b"POST /metrics HTTP/1.1\r\n\r\n", b"HTTP/1.1 405 "),
+        (b"GET /etc/passwd HTTP/1.1\r\n\r\n", b"HTTP/1.1 404 "),
+        (b"HEAD /metrics HTTP/1.1\r\n\r\n", b"HTTP/1.1 200 "),
+        (b"GET /metrics?x HTTP/1.0\r\n\r\n", b"HTTP/1.1 200 "),
+        (b"GET /metrics HTTP/1.1\r\n" + b"x: y\r\n" * 5000 + b"\r\n", b""),
+        (b"\r\n\r\n", b"HTTP/1.1 405 "),
+    ],
+    ids=["POST", "path", "HEAD", "query", "long", "none"],
+)  # fmt: skip
+async def test_other_requests_have_an_answer_or_none(tmp_path: Path, request_: bytes, answer: bytes) -> None:
+    async with serving(tmp_path, **ON) as running:
+        head, body = await ask(running, request_)
+        assert head[: len(answer)] == answer
+        assert bool(body) == (b"404" in answer or (b"200" in answer and request_.startswith(b"GET")))
+        assert (await samples(running))["jobrunner_connections",] == 0
+
+
+async def test_it_is_off_unless_asked_for_and_told_where_it_cannot_be(tmp_path: Path) -> None:
+    async with serving(tmp_path / "a") as running:
+        assert running.metrics == ""
+    async with serving(tmp_path / "b", **ON) as running:
+        with anyio.fail_after(20), pytest.raises(HostError, match=f"cannot listen on {running.metrics} for metrics: "):
+            async with serving(tmp_path / "c", metrics_listen=running.metrics):
+                pass

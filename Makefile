@@ -37,9 +37,10 @@ lock: ## pin the newest versions of everything in requirements.lock (needs uv)
 proto: venv ## generate the messages from protos/
 	$(BIN)/python scripts/generate_protos.py
 
-check: venv ## style, types, layers, and whether the generated code is fresh
+check: venv ## style, security, types, layers, and whether the generated code is fresh
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive jobrunner cli dev-certs docker scripts hatch_build.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/generate_protos.py --check

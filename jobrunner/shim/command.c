@@ -46,7 +46,10 @@ static int set_limits(const struct plan *plan, struct report *why)
 	return 0;
 }
 
-/* Everything above 2 is closed by execve, `report` too, and not before: until then it can still tell a failure. */
+/*
+ * Everything above 2 is closed, now and not by execve: until then /proc/self/fd would name directories of the host, and the directory
+ * to start in, or the command, could be asked for by such a name. `report` can still tell a failure; execve closes it.
+ */
 static int set_descriptors(const struct birth *birth, struct report *why)
 {
 	/* Opened here, in the job's own root: the launcher's is a file of the host's mounts. */
@@ -56,7 +59,10 @@ static int set_descriptors(const struct birth *birth, struct report *why)
 	if (dup2(null, STDIN_FILENO) < 0 || dup2(birth->output[0], STDOUT_FILENO) < 0 ||
 	    dup2(birth->output[1], STDERR_FILENO) < 0)
 		return fail(why, "pipe", errno, "");
-	syscall(SYS_close_range, STDERR_FILENO + 1U, ~0U, 1U << 2 /* CLOSE_RANGE_CLOEXEC */);
+	const unsigned int report = (unsigned int)birth->report;
+	if (report > STDERR_FILENO + 1)
+		syscall(SYS_close_range, STDERR_FILENO + 1U, report - 1, 0);
+	close_from(report + 1);
 	return 0;
 }
 

@@ -6,9 +6,10 @@ this job; all else is the same launch. `outside` runs the same program as a proc
 
 from __future__ import annotations
 
+import json
 import secrets
 import subprocess
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from jobrunner import JobInfo, JobSpec, Limits
+from jobrunner import JobInfo, JobSpec, Limits, sandbox
 from jobrunner.runner import JobRunner, RunnerJob
 from jobrunner.shim.launch import PROTECTIONS as PROTECT
 from jobrunner.shim.launch import LaunchPlan, pack_plan
@@ -81,9 +82,24 @@ class Outcome:
 
 def program(module: str, name: str, *args: str) -> list[str]:
     """The command of an attack of tests/hostile/inside."""
-    names = ("base", module)
-    sources = {f"tests.hostile.inside.{one}": (INSIDE / f"{one}.py").read_text() for one in names}
-    return [PYTHON, "-IS", "-c", LOADER.format(sources=sources), name, *args]
+    return _command((module,), name, *args)
+
+
+def series(attacks: Sequence[tuple[str, ...]]) -> list[str]:
+    """The command of many, one after the other, each (module, name, argument...)."""
+    modules = dict.fromkeys(one[0] for one in attacks)
+    return _command(modules, "series", json.dumps([one[1:] for one in attacks]))
+
+
+def _command(modules: Iterable[str], *args: str) -> list[str]:
+    sources = {f"tests.hostile.inside.{one}": (INSIDE / f"{one}.py").read_text() for one in ("base", *modules)}
+    return [PYTHON, "-IS", "-c", LOADER.format(sources=sources), *args]
+
+
+def series_told(text: str) -> list[str]:
+    """What each of a series told."""
+    parts = text.split("== ")[1:]
+    return [": ".join(told(part.partition("\n")[2].encode())) for part in parts]
 
 
 def told(text: bytes) -> tuple[str, str]:
@@ -102,9 +118,10 @@ class Arena:
         self.changes: Callable[[LaunchPlan], LaunchPlan] = lambda plan: plan
         self.bystander: RunnerJob
 
-    def pack(self, plan: LaunchPlan) -> bytes:
-        """What `sandbox.launch` packs its plan with here."""
-        return pack_plan(self.changes(plan))
+    def packing(self, others: Callable[[LaunchPlan], bytes]) -> Callable[[LaunchPlan], bytes]:
+        """What `sandbox.launch` packs its plans with: those of this arena are changed."""
+        jobs = str(self.runner.state.path)
+        return lambda plan: pack_plan(self.changes(plan)) if plan.directory.startswith(jobs) else others(plan)
 
     async def start(
         self, *command: str, without: Collection[str] = (), change: Mapping[str, Any] | None = None, **spec: Any
@@ -146,9 +163,9 @@ class Arena:
                 await reader.next_line()
 
 
-def outside(module: str, name: str, *args: str) -> str:
+def outside(module: str, name: str, *args: str, cwd: Path | None = None) -> str:
     """The same attack by a process of the host: `succeeded` or `refused`, and why."""
-    done = subprocess.run(program(module, name, *args), capture_output=True, timeout=at_most(30), check=False)
+    done = subprocess.run(program(module, name, *args), cwd=cwd, capture_output=True, timeout=at_most(30), check=False)
     return ": ".join(told(done.stdout))
 
 
@@ -158,7 +175,7 @@ async def open_arena(path: Path, **config: Any) -> AsyncIterator[Arena]:
     async with open_runner(path, **config) as runner:
         arena = Arena(runner)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("jobrunner.sandbox.pack_plan", arena.pack)
+            patch.setattr(sandbox, "pack_plan", arena.packing(vars(sandbox)["pack_plan"]))
             arena.bystander = await runner.start(JobSpec("/bin/sh", ("-c", HEART), env={"SECRET": arena.secret}), user="alice")
             yield arena
             await arena.heartbeat()

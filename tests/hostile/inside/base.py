@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -53,8 +54,20 @@ def reached(number: int, *args: int | bytes | None) -> str:
     return "it was done"
 
 
+def series(attacks: str) -> None:
+    """Many attacks in one job, each in a process of its own: `== NUMBER` before the lines of each."""
+    for number, words in enumerate(json.loads(attacks)):
+        print("==", number, flush=True)
+        child = os.fork()
+        if child == 0:
+            main(*words)
+        os.waitpid(child, 0)
+
+
 def main(name: str, *args: str) -> None:
     """Tell how it went in one last line, and by the exit code."""
+    if name == "series":
+        return series(*args)
     try:
         result = ATTACKS[name](*args)
     except OSError as exc:

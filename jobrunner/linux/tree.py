@@ -1,8 +1,8 @@
 """Directory trees that a hostile job has made, taken over or removed by the server after the job is gone.
 
 Nothing is recursive and one directory is open at a time, so that a tree of any depth costs neither stack nor descriptors. No link
-is followed and no path is looked up twice. Whoever made the tree is dead: nobody moves a directory while it is walked, and one that
-was moved all the same is noticed.
+is followed and no path is looked up twice. Whoever made the tree is dead, but a stranger may have been handed a directory of it
+(unix(7), SCM_RIGHTS): each is closed to everybody else before its names are read, and one that was moved all the same is noticed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jobrunner.linux.user import is_root
@@ -21,11 +21,19 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def reown_tree(top: Path) -> None:
-    """All of it becomes the server's; set-user-ID bits go with that (chown(2)). FileNotFoundError if it is not there."""
+    """All of it becomes the server's, and directories nobody else's; set-user-ID bits go with that (chown(2)).
+
+    FileNotFoundError if it is not there.
+    """
     owner = os.geteuid(), os.getegid()
-    for directory, name, _ in _contents(top, unlock=True):
-        os.chown(name, *owner, dir_fd=directory, follow_symlinks=False)
-    os.chown(top, *owner, follow_symlinks=False)
+    for directory, name, is_directory in _contents(top, unlock=True, enter=_close):
+        if not is_directory:
+            os.chown(name, *owner, dir_fd=directory, follow_symlinks=False)
+
+
+def _close(directory: int) -> None:
+    os.fchown(directory, os.geteuid(), os.getegid())
+    os.fchmod(directory, stat.S_IMODE(os.fstat(directory).st_mode) & 0o700)
 
 
 def remove_tree(top: Path) -> None:
@@ -41,14 +49,18 @@ def tree_size(top: Path) -> int:
     return sum(os.stat(name, dir_fd=directory, follow_symlinks=False).st_blocks * 512 for directory, name, _ in _contents(top))
 
 
-def _contents(top: Path, unlock: bool = False) -> Iterator[tuple[int, str, bool]]:
+def _contents(
+    top: Path, unlock: bool = False, enter: Callable[[int], None] = lambda _: None
+) -> Iterator[tuple[int, str, bool]]:
     """(its open directory, name, whether it is a directory) of all below, each directory after what is in it.
 
-    `unlock`: also where the job has closed a directory to its owner, who is the server where that is not root.
+    `unlock`: also where the job has closed a directory to its owner, who is the server where that is not root. `enter` has each
+    directory, `top` too, before its names are read.
     """
-    enter = _unlocked if unlock and not is_root() else _opened
-    here = enter(top, None)
+    opened = _unlocked if unlock and not is_root() else _opened
+    here = opened(top, None)
     try:
+        enter(here)
         device = os.fstat(here).st_dev
         below = [_directories(here)]  # of each level the names that are still to be entered
         entered: list[tuple[str, tuple[int, int]]] = []
@@ -56,13 +68,14 @@ def _contents(top: Path, unlock: bool = False) -> Iterator[tuple[int, str, bool]
         while below:
             if below[-1]:
                 name = below[-1].pop()
-                inner = enter(name, here)
+                inner = opened(name, here)
                 if os.fstat(inner).st_dev != device:
                     os.close(inner)
                     raise OSError(f"{name!r} is on another file system")
                 entered.append((name, _identity(here)))
                 os.close(here)
                 here = inner
+                enter(here)
                 below.append(_directories(here))
                 yield from _files(here)
             else:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anyio
 import anyio.to_thread
 import pytest
 
-from jobrunner.shim.launch import VolumeMount
 from tests.hostile.arena import Arena, program
-from tests.support.timing import at_most
+from tests.hostile.meeting import Meeting, take_over
+from tests.support.timing import at_most, fail_after
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.requires("root", "command:python3")]
 
@@ -70,15 +70,9 @@ async def test_terminals_of_the_host_are_not_there(arena: Arena) -> None:
 
 async def test_output_in_a_strangers_hands_holds_nothing_up(arena: Arena) -> None:
     """A process outside that was handed the pipe writes to it while the job lives, and to nobody afterwards."""
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as name, socket.socket(socket.AF_UNIX) as listener:
-        directory = Path(name)
-        directory.chmod(0o777)
-        listener.bind(str(directory / "socket"))
-        (directory / "socket").chmod(0o777)
-        listener.listen()
-        volume = VolumeMount(name, "/volumes/shared")
-        job = await arena.start(*program("sockets", "hand_over_output", "/volumes/shared/socket"), change={"volumes": [volume]})
-        stranger, pipe = await anyio.to_thread.run_sync(take_over, listener)
+    with Meeting() as meeting:
+        job = await arena.start(*program("sockets", "hand_over_output", meeting.inside), change={"volumes": [meeting.volume]})
+        stranger, pipe = await anyio.to_thread.run_sync(take_over, meeting.listener)
         try:
             os.write(pipe, b"the stranger\n")
             stranger.close()
@@ -92,9 +86,24 @@ async def test_output_in_a_strangers_hands_holds_nothing_up(arena: Arena) -> Non
     assert outcome.info.log_end == len(outcome.output)
 
 
-def take_over(listener: socket.socket) -> tuple[socket.socket, int]:
-    """The connection of a job, and the descriptor that it hands over."""
-    listener.settimeout(at_most(20))
-    connection, _ = listener.accept()
-    _, descriptors, _, _ = socket.recv_fds(connection, 64, 1)
-    return connection, descriptors[0]
+async def test_a_stranger_who_never_stops_writing_holds_nothing_up(arena: Arena) -> None:
+    """As fast as it is read, on and on: what is in the pipe at the end is read, and no more."""
+    with Meeting() as meeting:
+        job = await arena.start(*program("sockets", "hand_over_output", meeting.inside), change={"volumes": [meeting.volume]})
+        stranger, pipe = await anyio.to_thread.run_sync(take_over, meeting.listener)
+        with ThreadPoolExecutor() as pool:
+            writing = pool.submit(write_for_ever, pipe)
+            stranger.close()
+            with fail_after(20):
+                info = await job.wait()
+            assert writing.result(at_most(20)) >= info.log_end - 100 > 0
+    assert (info.end_reason, info.exit_code) == ("exited", 0)
+
+
+def write_for_ever(pipe: int) -> int:
+    """Until nobody can read it any more; how many bytes were taken."""
+    written = 0
+    with os.fdopen(pipe, "wb", buffering=0) as file, contextlib.suppress(BrokenPipeError):
+        while True:
+            written += file.write(b"x" * 4096)
+    return written

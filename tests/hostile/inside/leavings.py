@@ -28,8 +28,8 @@ def links_out(*targets: str) -> str:
 
 
 @attack
-def hard_link(target: str) -> str:
-    os.link(target, "hard")
+def hard_link(target: str, link: str = "hard") -> str:
+    os.link(target, link)
     return "linked"
 
 

@@ -24,14 +24,27 @@ def connect_tcp(host: str, port: str) -> str:
     return "connected"
 
 
-@attack
-def hand_over_output(path: str) -> str:
-    """Our standard output, to whoever listens at a socket in a directory that both see."""
+def hand_over(path: str, descriptor: int) -> str:
+    """To whoever listens at a socket in a directory that both see; until that has enough of us."""
     with socket.socket(socket.AF_UNIX) as peer:
         peer.connect(path)
-        peer.sendmsg([b"take it"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [1]))])
+        peer.sendmsg([b"take it"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))])
         peer.recv(1)
     return "handed over"
+
+
+@attack
+def hand_over_output(path: str) -> str:
+    return hand_over(path, 1)
+
+
+@attack
+def hand_over_directory(path: str) -> str:
+    """Our own, open for everybody."""
+    os.makedirs("below/inner")
+    for directory in (".", "below", "below/inner"):
+        os.chmod(directory, 0o777)
+    return hand_over(path, os.open("below", os.O_RDONLY | os.O_DIRECTORY))
 
 
 @attack

@@ -15,6 +15,7 @@ from pathlib import Path
 from jobrunner.errors import HostError
 from jobrunner.job import Limits, Usage, is_job_id
 from jobrunner.linux import kernfs
+from jobrunner.linux.above import above
 from jobrunner.linux.counters import Counter, usage_of
 from jobrunner.linux.disk import Disk
 from jobrunner.linux.kernfs import Outcome, set_and_check, write_if_there
@@ -153,9 +154,9 @@ class CgroupV1Host:
         except BaseException:
             self.close()
             raise
-        self._parent_cpu = self._jobs["cpu"].parent.parent if "cpu" in self._jobs else None
         if UNIFIED in self._jobs and not kernfs.can_enter(mounts[""].directory(own.get("", "/")), self._jobs[UNIFIED]):
             self._leave_out(UNIFIED)
+        self._above = above(self._jobs)
         self._files = {file for name, file in _OPTIONAL if name in self._jobs and (self._jobs[name] / file).exists()}
         if "cgroup.kill" not in self._files and UNIFIED in self._jobs:
             self._leave_out(UNIFIED)
@@ -205,6 +206,7 @@ class CgroupV1Host:
             self._limit_memory(directories, limits, outcome)
             self._limit_pids(directories, limits, outcome)
             _limit_disks(directories.get("blkio"), self._lacks("blkio"), limits, disks, outcome)
+            outcome.missing += self._above.notes(limits)
             return CgroupV1(directories, self._files, tuple(outcome.missing))
         except BaseException:
             kernfs.remove(made)
@@ -242,19 +244,8 @@ class CgroupV1Host:
             set_and_check(f"{directory}/cpu.cfs_quota_us", quota, lambda text: text.strip() == quota)
         except OSError:
             # v1 refuses a quota above an ancestor's. Then the ancestor's is the tighter limit, and it holds.
-            if self._ancestor_cpus() > cpus:
+            if self._above.cpus > cpus:
                 raise
-
-    def _ancestor_cpus(self) -> float:
-        """The tightest quota of the cgroups above BASE, as far as they can be seen; infinite if there is none."""
-        found = math.inf
-        directory = self._parent_cpu
-        while directory is not None and (directory / "cpu.cfs_quota_us").exists():
-            quota = int(kernfs.read(f"{directory}/cpu.cfs_quota_us"))
-            if quota > 0:
-                found = min(found, quota / int(kernfs.read(f"{directory}/cpu.cfs_period_us")))
-            directory = directory.parent
-        return found
 
     def _limit_memory(self, directories: Mapping[str, Path], limits: Limits, outcome: Outcome) -> None:
         if limits.memory is None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from jobrunner.errors import HostError
 from jobrunner.job import Limits, Usage, is_job_id
 from jobrunner.linux import kernfs
+from jobrunner.linux.above import above
 from jobrunner.linux.counters import Counter, usage_of
 from jobrunner.linux.disk import Disk
 from jobrunner.linux.kernfs import Outcome, set_and_check, write_if_there
@@ -107,6 +108,7 @@ class CgroupV2Host:
         if not kernfs.can_enter(mount.directory(own), self._jobs):
             self.close()
             raise HostError(f"cannot use cgroup {top}: this user may not move processes there from {own}; {kernfs.remedy()}")
+        self._above = above(dict.fromkeys(CONTROLLERS, self._jobs))
         offered = kernfs.read(top / "cgroup.controllers").split()
         self._controllers = tuple(name for name in CONTROLLERS if name in offered)
         try:
@@ -141,6 +143,7 @@ class CgroupV2Host:
             outcome = Outcome(allow_missing, explicit)
             self._limit(top, limits, outcome)
             self._limit_disks(top / "job", limits, disks, outcome)
+            outcome.missing += self._above.notes(limits)
             return CgroupV2(top, tuple(outcome.missing))
         except BaseException:
             kernfs.remove(made)

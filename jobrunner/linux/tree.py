@@ -49,9 +49,7 @@ def tree_size(top: Path) -> int:
     return sum(os.stat(name, dir_fd=directory, follow_symlinks=False).st_blocks * 512 for directory, name, _ in _contents(top))
 
 
-def _contents(
-    top: Path, unlock: bool = False, enter: Callable[[int], None] = lambda _: None
-) -> Iterator[tuple[int, str, bool]]:
+def _contents(top: Path, unlock: bool = False, enter: Callable[[int], None] = lambda _: None) -> Iterator[tuple[int, str, bool]]:
     """(its open directory, name, whether it is a directory) of all below, each directory after what is in it.
 
     `unlock`: also where the job has closed a directory to its owner, who is the server where that is not root. `enter` has each

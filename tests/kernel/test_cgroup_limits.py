@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobrunner.job import Limits
-from jobrunner.linux.cgroup import CgroupHost, JobCgroup
+from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
 from jobrunner.linux.disk import disks_under
 from tests.support.cgroups import JOB, own_tree, run, start
 from tests.support.requires import requires
@@ -127,14 +127,23 @@ async def test_direct_writes_are_held_to_their_rate(
 
 
 @requires("disk")
-async def test_direct_reads_are_held_to_their_rate(host: CgroupHost, tmp_path: Path) -> None:
-    file = on_disk(tmp_path / "file", 4 << 20)
-    cgroup = host.create(JOB, Limits(read_bps=4_000_000), disks_under([tmp_path]))
+@pytest.mark.parametrize(
+    ("limits", "block", "count"),
+    [(Limits(read_bps=4_000_000), 1 << 20, 4), (Limits(read_iops=10), 4096, 11)],
+    ids=["bytes", "operations"],
+)
+async def test_direct_reads_are_held_to_their_rate(
+    host: CgroupHost, tmp_path: Path, limits: Limits, block: int, count: int
+) -> None:
+    file = on_disk(tmp_path / "file", block * count)
+    cgroup = host.create(JOB, limits, disks_under([tmp_path]))
     began = time.monotonic()
-    ended = run(cgroup, ["dd", f"if={file}", "of=/dev/null", "bs=1M", "iflag=direct"])
+    ended = run(cgroup, ["dd", f"if={file}", "of=/dev/null", f"bs={block}", "iflag=direct"])
     assert ended.returncode == 0, ended.stderr
     assert 0.8 < time.monotonic() - began < at_most(5)
-    assert cgroup.usage().read_bytes == 4 << 20
+    usage = cgroup.usage()
+    assert usage.read_bytes == block * count
+    assert usage.read_ops is not None and usage.read_ops >= count
     assert cgroup.missing == ()
     await finish(cgroup)
 
@@ -147,3 +156,36 @@ async def test_disk_use_is_counted_without_any_limit(host: CgroupHost, tmp_path:
     usage = cgroup.usage()
     assert (usage.write_bytes, usage.read_bytes) == (4 << 16, 0)
     await finish(cgroup)
+
+
+def base_of(cgroup: JobCgroup, controller: str) -> Path:
+    """The cgroup of all jobs together."""
+    return Path(cgroup.paths.get(controller) or cgroup.paths["unified"]).parents[1]
+
+
+async def test_a_tighter_limit_above_is_told(host: CgroupHost) -> None:
+    """As that of a container or a service; it holds, whatever the job's own says."""
+    wanted = Limits(cpus=0.5, memory=256 << 20, pids=100)
+    bare = host.create(JOB, Limits())
+    cpu, memory, pids = (base_of(bare, controller) for controller in ("cpu", "memory", "pids"))
+    await finish(bare)
+    if (cpu / "cpu.max").exists():
+        (cpu / "cpu.max").write_text("20000 100000")
+        (memory / "memory.max").write_text(str(64 << 20))
+    else:
+        (cpu / "cpu.cfs_quota_us").write_text("20000")
+        (memory / "memory.limit_in_bytes").write_text(str(64 << 20))
+    (pids / "pids.max").write_text("50")
+    again = detect("", cpu.name)  # as a server that is started there
+    cgroup = again.create(JOB, wanted)
+    assert cgroup.missing == (
+        "cpus: 0.5 were asked for, and all jobs together have 0.2, by a cgroup above them",
+        f"memory: {256 << 20} were asked for, and all jobs together have {64 << 20}, by a cgroup above them",
+        "pids: 100 were asked for, and all jobs together have 50, by a cgroup above them",
+    )
+    ended = run(cgroup, [sys.executable, "-c", f"bytearray({128 << 20}); print('survived')"])
+    assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, b"")
+    await finish(cgroup)
+    less = again.create(JOB, Limits(cpus=0.2, memory=64 << 20, pids=50))
+    assert less.missing == ()
+    await finish(less)

@@ -66,8 +66,9 @@ demo: ## the original design's examples, over mutual TLS; needs root
 bench: venv ## measure; tables here, figures in build/bench.json; needs root and bwrap
 	$(BIN)/python -m tests.bench --out build/bench.json
 
-soak: venv ## load and abuse for long: followers, memory, instant endings, 300 kills of the server; SHORT=1 for what CI runs; needs root
+soak: venv ## load and abuse for long: followers, memory, instant endings, 1,000 jobs, 300 kills of the server; SHORT=1 for what CI runs; needs root
 	$(BIN)/python -m tests.soak $(if $(SHORT),--short)
+	$(if $(SHORT),,JOBRUNNER_TEST_JOBS=1000 $(BIN)/pytest -s tests/kernel/test_leftovers.py)
 	$(if $(SHORT),,JOBRUNNER_CRASH_ROUNDS=300 $(BIN)/pytest -s tests/system/test_crash.py)
 
 clean: ## remove what was made

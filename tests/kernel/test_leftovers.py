@@ -39,6 +39,11 @@ def state(directory: Path) -> dict[str, object]:
     }
 
 
+def kept(directory: Path) -> set[str]:
+    """A directory for each job that has ended, and nothing beside them."""
+    return set(os.listdir(directory / "state" / "jobs"))
+
+
 def works_below(pid: str, directory: Path) -> bool:
     """A shim's working directory is its job's."""
     try:
@@ -58,7 +63,7 @@ def is_my_zombie(pid: str) -> bool:
 @pytest.mark.timeout(600)
 async def test_nothing_is_left_after_many_jobs(tmp_path: Path) -> None:
     async with open_runner(tmp_path) as runner:
-        await run(runner, JobSpec("true"))
+        first = await run(runner, JobSpec("true"))
         await anyio.wait_all_tasks_blocked()
         before = state(tmp_path)
 
@@ -81,8 +86,13 @@ async def test_nothing_is_left_after_many_jobs(tmp_path: Path) -> None:
         await runner.settled()  # uids are given back after the end is told
         await anyio.wait_all_tasks_blocked()
         assert state(tmp_path) == before
+        assert kept(tmp_path) == {job_id for job_id in job_ids if job_id} | {first.job_id, sleeper.job_id}
         assert len([job_id for job_id in job_ids if job_id]) == JOBS * 7 // 8
         directories = {path.rsplit("/", 1)[-1] for path in cgroup_directories("jobs")}
         assert directories.isdisjoint({job_id for job_id in job_ids if job_id})
         assert list((tmp_path / "state" / "running").iterdir()) == []
         assert threading.active_count() < 50
+        for job_id in kept(tmp_path):
+            await runner.remove(job_id)
+        assert (kept(tmp_path), state(tmp_path)) == (set(), before)
+        assert list((tmp_path / "state" / "removed").iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,39 @@ SECONDS = at_most(60)
 
 async def ran(path: Path, script: str, **spec: object) -> str:
     """The output of a script that has not failed."""
-    async with open_runner(path) as runner:
-        info, data = await run_output(runner, shell(IN_A_DIRECTORY + script, **spec), SECONDS)
-    assert info.status == "completed", data.decode(errors="replace")
+    return await ran_after(path, (), IN_A_DIRECTORY + script, **spec)
+
+
+async def ran_after(path: Path, before: Sequence[str], script: str, **spec: object) -> str:
+    """Likewise, after jobs that have done what it builds upon."""
+    async with open_runner(path, workspaces=True) as runner:
+        data = b""
+        for one in (*before, script):
+            info, data = await run_output(runner, shell(f"set -e; {one}", **spec), SECONDS)
+            assert info.status == "completed", data.decode(errors="replace")
     return data.decode()
+
+
+CLONE_AND_BUILD = (
+    "git init -q -b main repo; cd repo; git config user.email a@b; git config user.name a; "
+    "printf '#include <stdio.h>\\nint main(void) { puts(\"built\"); }\\n' >one.c; printf 'all: one\\n' >Makefile; "
+    "git add .; git commit -qm first; cd ..; git clone -q repo copy; cd copy; make -s -j2"
+)
+VENV = (
+    "/usr/bin/python3 -m venv env; echo $WHEEL | base64 -d >hello_job-1.0-py3-none-any.whl; "
+    "env/bin/pip install -q --no-index --disable-pip-version-check ./*.whl; env/bin/hello-job"
+)
+
+
+@pytest.mark.requires("command:git", "command:cc", "command:make", "command:python3")
+async def test_what_one_job_builds_in_a_workspace_the_next_one_of_another_uid_goes_on_with(tmp_path: Path) -> None:
+    """git takes a repository of another owner for an attack: safe.directory, git-config(1)."""
+    before = (f"({CLONE_AND_BUILD}); ({VENV})",)
+    script = "cd copy; ./one; git log --format=%s; touch one.c; make -s; git pull -q; cd ..; env/bin/hello-job; "
+    script += "env/bin/pip list --format=freeze"
+    said = (await ran_after(tmp_path, before, script, workspace="build", env={"WHEEL": wheel()})).splitlines()
+    assert said[:3] == ["built", "first", "hello from a wheel"]
+    assert "hello-job==1.0" in said
 
 
 async def test_a_job_has_a_name_and_a_number_that_agree(tmp_path: Path) -> None:
@@ -83,11 +113,7 @@ def wheel() -> str:
 
 @pytest.mark.requires("command:python3")
 async def test_a_virtual_environment_and_a_wheel(tmp_path: Path) -> None:
-    script = (
-        "/usr/bin/python3 -m venv env; echo $WHEEL | base64 -d >hello_job-1.0-py3-none-any.whl; "
-        "env/bin/pip install -q --no-index --disable-pip-version-check ./*.whl; env/bin/hello-job"
-    )
-    assert await ran(tmp_path, script, env={"WHEEL": wheel()}) == "hello from a wheel\n"
+    assert await ran(tmp_path, VENV, env={"WHEEL": wheel()}) == "hello from a wheel\n"
 
 
 @pytest.mark.requires("command:cc", "command:make")

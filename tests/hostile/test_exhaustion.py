@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from jobrunner import Gap, Limits
-from tests.hostile.arena import SMALL, Arena, program
+from tests.hostile.arena import SMALL, Arena, outside, program
 from tests.support.timing import fail_after
 
 pytestmark = [
@@ -92,9 +94,13 @@ async def test_a_flood_can_end_the_job_and_is_told(arena: Arena) -> None:
 
 
 async def test_cpu_time_is_the_jobs_own(arena: Arena) -> None:
-    half = Limits(memory=SMALL.memory, pids=SMALL.pids, cpus=0.2)
-    assert (await arena.attack("bombs", "spin", "2", "2", limits=half)).text == "refused: EDQUOT"
+    tenth = Limits(memory=SMALL.memory, pids=SMALL.pids, cpus=0.1)
+    held = await arena.attack("bombs", "spin", "2", "2", limits=tenth)
+    free = await arena.attack("bombs", "spin", "2", "2", limits=tenth, without=["limits"])
+    assert float(held.why) < 0.1 * (held.info.usage.wall or 0) + 0.1
+    assert float(free.why) > 1.5 * float(held.why)
 
 
-async def test_no_core_file_is_left(arena: Arena) -> None:
+async def test_no_core_file_is_left(arena: Arena, tmp_path: Path) -> None:
     assert (await arena.attack("bombs", "crash")).text == "refused: no core"
+    assert outside("bombs", "crash", cwd=tmp_path) == "succeeded: a core"

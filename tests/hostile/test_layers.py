@@ -10,16 +10,19 @@ import ctypes
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from jobrunner.sandbox import SHOW
-from tests.hostile.arena import Arena
+from tests.hostile.arena import Arena, open_arena, series, series_told
 from tests.hostile.inside.base import LIBC, check
+from tests.support.runner import output
+from tests.support.timing import at_most, fail_after
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.requires("root", "command:python3")]
 
@@ -29,7 +32,7 @@ DENIED = {**NO_RIGHT, "seccomp": "EPERM"}
 FILTERED = {"seccomp": "EPERM"}
 """What anybody may do: nothing but the filter is in the way."""
 NOT_OURS = {"uid": "EACCES", "capabilities": "EACCES"}
-REBOOT, SWAPON, ACCT, SYSLOG = 169, 167, 163, 103
+REBOOT, SWAPON, ACCT, SYSLOG, DELETE_MODULE, FINIT_MODULE, SETTIMEOFDAY = 169, 167, 163, 103, 176, 313, 164
 UNMAPPED = "8"
 
 
@@ -63,6 +66,7 @@ CASES = [
     Case(("calls", "reach", f"{SWAPON}", UNMAPPED, "0"), DENIED),
     Case(("calls", "reach", f"{ACCT}", UNMAPPED), DENIED),
     Case(("calls", "reach", f"{SYSLOG}", "10", "0", "0"), DENIED),
+    Case(("calls", "reach", f"{SETTIMEOFDAY}", UNMAPPED, "0"), FILTERED),
     Case(("calls", "raw_socket", "inet"), NO_RIGHT),
     Case(("calls", "raw_socket", "packet"), {**NO_RIGHT, "seccomp": "EAFNOSUPPORT"}),
     Case(("calls", "open_socket", "AF_VSOCK"), {"seccomp": "EAFNOSUPPORT"}),
@@ -84,6 +88,13 @@ CASES = [
 ]
 
 
+if Path("/proc/modules").exists():  # a kernel without modules has no such calls
+    CASES += [
+        Case(("calls", "reach", f"{DELETE_MODULE}", UNMAPPED, "0"), DENIED),
+        Case(("calls", "reach", f"{FINIT_MODULE}", "-1", UNMAPPED, "0"), DENIED),
+    ]
+
+
 async def hold(arena: Arena, case: Case, **how: Any) -> None:
     """All of the protections, each alone, and none."""
     layers = list(case.stopped_by)
@@ -98,6 +109,30 @@ async def hold(arena: Arena, case: Case, **how: Any) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 async def test_each_protection_alone_stops(arena: Arena, case: Case) -> None:
     await hold(arena, case)
+
+
+RIGHTS = ("uid", "capabilities", "seccomp")
+
+
+async def test_all_of_them_in_one_job(arena: Arena) -> None:
+    """The short form, for where each job takes long; the control is the same job with all rights."""
+    assert {case: said.partition(": ")[0] for case, said in (await at_once(arena, CASES)).items()} == dict.fromkeys(
+        map(str, CASES), "refused"
+    )
+    by_rights = [case for case in CASES if set(case.stopped_by) <= set(RIGHTS) and "forge_end" not in case.attack]
+    assert len(by_rights) > 25
+    missed = {
+        case: said for case, said in (await at_once(arena, by_rights, without=RIGHTS)).items() if not said.startswith("succeeded")
+    }
+    assert missed == {}
+
+
+async def at_once(arena: Arena, cases: Sequence[Case], **how: Any) -> dict[str, str]:
+    with fail_after(60):
+        job = await arena.start(*series([case.attack for case in cases]), **how)
+        said = series_told((await output(job, seconds=at_most(60))).decode())
+        assert (await job.wait()).status == "completed"
+    return dict(zip(map(str, cases), said, strict=True))
 
 
 async def test_keys_of_the_server_and_records_of_others_are_out_of_reach(arena: Arena) -> None:
@@ -142,7 +177,42 @@ async def test_the_servers_keys_are_out_of_reach(arena: Arena, key: str) -> None
     await hold(arena, Case(("calls", "read_key", key), {"keyring": "EACCES", "seccomp": "EPERM"}))
 
 
+async def test_the_servers_tls_key_is_out_of_reach(arena: Arena, tmp_path: Path) -> None:
+    """Where its directory is shown; config.load has the key's path among what is hidden."""
+    key = tmp_path / "shown" / "server.key"
+    key.parent.mkdir()
+    for directory in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
+        directory.chmod(0o755)
+    key.write_text("-----BEGIN PRIVATE KEY-----")
+    key.chmod(0o600)
+    case = Case(("files", "read", str(key), "PRIVATE"), {"mask": "empty", "uid": "EACCES"})
+    await hold(arena, case, change={"show": [*SHOW, str(key.parent)], "mask": [str(key)]})
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def same_uid(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Arena]:
+    """One uid besides the bystander's: each job has that of the one before it."""
+    async with open_arena(tmp_path_factory.mktemp("same-uid"), job_uids=(0x7000FF00, 2)) as arena:
+        yield arena
+
+
+async def test_keys_of_a_uid_that_comes_again_are_out_of_reach(same_uid: Arena) -> None:
+    """The user keyring is the uid's and outlives its processes (user-keyring(7)); here until the key expires."""
+
+    async def attacked(*attack: str, **how: Any) -> str:
+        outcome = await same_uid.attack("calls", *attack, **how)
+        await same_uid.runner.settled()  # only then is the uid free again
+        return outcome.text
+
+    assert await attacked("leave_key", "20", without=["seccomp"]) == "succeeded: left"
+    assert await attacked("find_key", without=["seccomp"]) == "succeeded: left"
+    assert await attacked("find_key") == "refused: EPERM"
+    assert await attacked("leave_key", "20") == "refused: EPERM"
+
+
 async def test_the_devices_of_the_host_are_not_there(arena: Arena) -> None:
-    assert set(os.listdir("/dev")) - {"null"} != set()
-    outcome = await arena.attack("files", "list_directory", "/dev", "loop-control")
-    assert outcome.text == "refused: not there"
+    name = min(
+        set(os.listdir("/dev")) - {"core", "fd", "full", "mqueue", "null", "ptmx", "pts", "random", "shm", "tty", "urandom", "zero"}
+    )
+    assert (await arena.attack("files", "list_directory", "/dev", name)).text == "refused: not there"
+    assert (await arena.attack("files", "list_directory", "/dev", name, without=["root"])).text == f"succeeded: {name}"

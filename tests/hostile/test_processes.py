@@ -11,9 +11,11 @@ from collections.abc import Iterator
 import pytest
 
 from jobrunner import Limits
+from jobrunner.shim import binary_path
 from tests.hostile.arena import Arena, outside, program
-from tests.support.runner import processes_with
+from tests.support.runner import output, processes_with
 from tests.support.shim import all_pids, link_of, read_proc, wait_until
+from tests.support.timing import at_most
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.requires("root", "command:python3")]
 
@@ -89,6 +91,23 @@ async def test_who_ignores_every_signal_or_is_stopped_is_ended_and_told(arena: A
     await arena.heartbeat()
 
 
+async def test_who_ignores_every_signal_is_not_ended_by_one(arena: Arena) -> None:
+    """The control: it takes more than the signals that end everybody else."""
+    ignores = subprocess.Popen(program("processes", "ignore_everything"), stdout=subprocess.PIPE)  # noqa: ASYNC220
+    usual = subprocess.Popen(["sleep", "600"])  # noqa: ASYNC220
+    try:
+        assert ignores.stdout is not None
+        assert ignores.stdout.readline() == b"ready\n"
+        for process in (ignores, usual):
+            process.terminate()
+        assert usual.wait(at_most(10)) == -signal.SIGTERM
+        assert ignores.poll() is None
+    finally:
+        for process in (ignores, usual):
+            process.kill()
+            process.communicate()
+
+
 async def test_who_stops_himself_meets_his_deadline(arena: Arena) -> None:
     outcome = await arena.attack("processes", "stop_everything", limits=Limits(timeout=1), grace=0)
     assert (outcome.info.status, outcome.info.end_reason) == ("terminated", "deadline")
@@ -104,6 +123,22 @@ async def test_the_helper_executed_in_a_job_starts_nothing(arena: Arena) -> None
     job = await arena.start("/proc/self/exe")
     info = await job.wait()
     assert (info.end_reason, info.exit_code) == ("exited", 1)
+
+
+async def test_the_helper_has_no_more_rights_in_a_job_than_the_job(arena: Arena) -> None:
+    """Its probe tries all that a birth does; the control is the server's own check of this host."""
+    job = await arena.start("/proc/self/exe", "probe")
+    lines = (await output(job)).decode().splitlines()
+    assert len(lines) > 5
+    assert [line for line in lines if not line.split(" ", 1)[1].startswith("failed")] == []
+    of_the_host = subprocess.run([binary_path(), "probe"], capture_output=True, text=True, check=True).stdout  # noqa: ASYNC221
+    assert len([line for line in of_the_host.splitlines() if line.endswith("started")]) == len(lines)
+
+
+async def test_the_helpers_program_is_never_written_to(arena: Arena) -> None:
+    assert (await arena.attack("processes", "overwrite_helper", "1")).text == "refused: EACCES"
+    root = await arena.attack("processes", "overwrite_helper", "1", without=["uid", "capabilities"])
+    assert root.text == "refused: ETXTBSY"  # a program that runs is written to by nobody: execve(2)
 
 
 async def test_debuggers_work_on_ones_own(arena: Arena) -> None:

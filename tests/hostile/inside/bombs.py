@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import errno
 import mmap
 import os
 import signal
@@ -34,6 +34,17 @@ def forks(count: str) -> str:
     finally:
         print(len(made), "children", flush=True)
     return f"{len(made)} children"
+
+
+@attack
+def fork_for_ever() -> None:
+    """Everybody, all the time, with every signal ignored that can be."""
+    for number in range(1, 32):
+        if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_IGN)
+    while True:
+        with contextlib.suppress(OSError):
+            os.fork()
 
 
 @attack
@@ -126,8 +137,8 @@ def crash() -> str:
     before = set(os.listdir())
     child = os.fork()
     if child == 0:
-        soft = resource.getrlimit(resource.RLIMIT_CORE)[1]
-        resource.setrlimit(resource.RLIMIT_CORE, (soft, soft))
+        hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+        resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
         os.kill(os.getpid(), signal.SIGSEGV)
     status = os.waitpid(child, 0)[1]
     left = set(os.listdir()) - before
@@ -147,21 +158,16 @@ def hog_keys(count: str) -> str:
 
 @attack
 def spin(seconds: str, processes: str) -> str:
-    """CPU time of all of them per second of wall time."""
-    begun, cpu = time.monotonic(), time.process_time()
+    """CPU time of so many processes, in seconds."""
+    begun = time.monotonic()
     children = []
-    for _ in range(int(processes) - 1):
+    for _ in range(int(processes)):
         pid = os.fork()
         if pid == 0:
             while time.monotonic() - begun < float(seconds):
                 pass
             os._exit(0)
         children.append(pid)
-    while time.monotonic() - begun < float(seconds):
-        pass
     for _ in children:
         os.wait()
-    used = time.process_time() - cpu + sum(os.times()[2:4])
-    if used > 0.5 * float(seconds) * int(processes):
-        return f"{used:.1f} s"
-    raise OSError(errno.EDQUOT, "")
+    return str(sum(os.times()[2:4]))

@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 
-from tests.hostile.inside.base import LIBC, attack, check, reached, syscall
+from tests.hostile.inside.base import LIBC, Contained, attack, check, reached, syscall
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWPID = 0x20000, 0x10000000, 0x40000000, 0x20000000
 UNMAPPED = 8
@@ -143,6 +143,29 @@ def read_key(serial: str) -> str:
     data = ctypes.create_string_buffer(64)
     size = syscall_pointer(250, 11, int(serial), data, 64)
     return data.raw[:size].decode()
+
+
+@attack
+def leave_key(seconds: str) -> str:
+    """In the user keyring, for the next one with this uid; it expires after so long."""
+    own_user_keyring()
+    serial = syscall(248, b"user", b"hostile-left", b"secret", 6, -4)
+    syscall(250, 15, serial, int(seconds))  # KEYCTL_SET_TIMEOUT
+    return "left"
+
+
+def own_user_keyring() -> None:
+    """What is linked to from the session keyring is ours (keyrings(7), possession)."""
+    syscall(250, 8, -4, -3)  # KEYCTL_LINK
+
+
+@attack
+def find_key() -> str:
+    own_user_keyring()
+    serial = syscall(250, 10, -4, b"user", b"hostile-left", 0)  # KEYCTL_SEARCH
+    if not serial:
+        raise Contained("none")
+    return "left"
 
 
 def syscall_pointer(number: int, first: int, second: int, buffer: ctypes.Array[ctypes.c_char], size: int) -> int:

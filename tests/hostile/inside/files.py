@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import pty
+import re
+import select
 import stat
 from pathlib import Path
 
@@ -75,6 +78,21 @@ def become_root(program: str) -> str:
     if status:
         raise Contained(f"wait status {status}")
     if uid != "0":
+        raise Contained("not root")
+    return "root"
+
+
+@attack
+def run_setuid(program: str) -> str:
+    """A setuid program of the host's that asks for a password first, as su(1) does: whose is it while it asks?"""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(program, [program])
+    select.select([terminal], [], [], 20)
+    with open(f"/proc/{child}/status") as file:
+        effective = re.search(r"^Uid:\t\d+\t(\d+)", file.read(), re.MULTILINE)
+    os.close(terminal)  # its terminal hangs up
+    if effective is None or effective[1] != "0":
         raise Contained("not root")
     return "root"
 

@@ -72,6 +72,13 @@ def helper_program(pid: str) -> str:
 
 
 @attack
+def overwrite_helper(pid: str) -> str:
+    """Its text would be that of every job's pid 1 (CVE-2019-5736)."""
+    os.close(os.open(f"/proc/{pid}/exe", os.O_WRONLY))
+    return "open"
+
+
+@attack
 def forge_end(pid: str) -> str:
     """Take the socket that pid 1 tells the shim with, and tell an end that is none: SAY_EXITED, wait status 0 (jobrunner.h).
 

@@ -1,0 +1,77 @@
+"""Other jobs and the server while one job takes what it can get: they start, run, are heard and stopped as before."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import anyio
+import pytest
+
+from jobrunner import JobSpec, Limits
+from jobrunner.runner import RunnerJob
+from tests.hostile.arena import SMALL, Arena, program
+from tests.support.timing import fail_after
+
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.requires("root", "cgroup:memory", "cgroup:pids", "command:python3"),
+]
+
+FLOOD = 48 << 20
+FOLLOWERS = 4
+
+
+async def another_job_is_served(arena: Arena) -> None:
+    """Started, heard and stopped; and the bystander goes on."""
+    with fail_after(10):
+        job = await arena.runner.start(JobSpec("/bin/sh", ("-c", "echo up; exec sleep 600")), user="alice")
+        async with job.log() as reader:
+            line = await reader.next_line()
+        info = await job.stop(grace=0.5)
+    assert line is not None and line.data == b"up\n"
+    assert info.end_reason == "stopped"
+    await arena.heartbeat()
+
+
+async def test_a_fork_bomb_that_goes_on_keeps_nobody_from_anything(arena: Arena) -> None:
+    bomb = await arena.start(*program("bombs", "fork_for_ever"), limits=Limits(memory=SMALL.memory, pids=200, cpus=1))
+    assert bomb.cgroup is not None
+    with fail_after(20):
+        while (bomb.info().usage.pids or 0) < 200:  # noqa: ASYNC110  # a counter of the kernel's tells nobody
+            await anyio.sleep(0.01)
+    await another_job_is_served(arena)
+    with fail_after(20):
+        info = await bomb.stop(grace=0)
+    assert (info.end_reason, info.usage.pids_peak) == ("stopped", 200)
+
+
+async def follow(job: RunnerJob) -> None:
+    """To its end, keeping nothing."""
+    async with job.log() as reader:
+        async for _ in reader:
+            pass
+
+
+def resident() -> int:
+    """Bytes of memory of this process, which is the server here: proc(5)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def test_a_flood_that_is_followed_by_many_is_not_felt_by_others(arena: Arena) -> None:
+    """Neither in how soon they are heard, nor in the server's memory: what is not read yet is on the disk."""
+    await another_job_is_served(arena)
+    before = resident()
+    flood = await arena.start(*program("bombs", "flood", "100000"), limits=Limits(output_limit=8 << 20))
+    async with anyio.create_task_group() as followers:
+        for _ in range(FOLLOWERS):
+            followers.start_soon(follow, flood)
+        stalled = flood.log()
+        async with stalled as reader:
+            await reader.next_line()  # and then no more
+            with fail_after(60):
+                while flood.info().log_end < FLOOD:
+                    await another_job_is_served(arena)
+            grown = resident() - before
+            await flood.stop(grace=0)
+    assert grown < 32 << 20

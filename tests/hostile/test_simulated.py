@@ -1,0 +1,79 @@
+"""The very filter that jobs get, in libseccomp's own simulator: an outside witness that knows nothing of this host's kernel."""
+
+from __future__ import annotations
+
+import errno
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from jobrunner.linux.seccomp import compile_filter
+from tests.hostile.inside.probe import HIGHEST
+from tests.hostile.test_filter import ANSWERS, DENIED
+
+pytestmark = [
+    pytest.mark.requires("command:scmp_bpf_sim"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the table has the numbers of x86_64"),
+]
+
+BY_ARGUMENT = {"clone with all flags", "unshare with all flags"}
+ALLOW, EPERM, EAFNOSUPPORT = "ALLOW", f"ERRNO({errno.EPERM})", f"ERRNO({errno.EAFNOSUPPORT})"
+CLONE, UNSHARE, SOCKET, IOCTL, PERSONALITY = 56, 272, 41, 16, 135
+NEWUSER, SIGCHLD, UPPER = 0x10000000, 17, 1 << 32
+ARGUMENTS = [
+    ((CLONE, SIGCHLD), ALLOW),
+    ((CLONE, NEWUSER | SIGCHLD), EPERM),
+    ((CLONE, UPPER | NEWUSER), EPERM),
+    ((CLONE, 0xFFFFFFFF), EPERM),
+    ((UNSHARE, 0x00020000), ALLOW),  # the kernel refuses it to who has no right
+    ((UNSHARE, NEWUSER), EPERM),
+    ((UNSHARE, 0x00000400 | NEWUSER), EPERM),
+    *(((SOCKET, family), ALLOW) for family in (1, 2, 10, 16)),
+    *(((SOCKET, family), EAFNOSUPPORT) for family in (3, 4, 15, 17, 31, 38, 40, 44, 45, 0xFFFF, 0xFFFFFFFF)),
+    ((SOCKET, UPPER | 40), EAFNOSUPPORT),
+    ((IOCTL, 0, 0x5401), ALLOW),
+    ((IOCTL, 0, 0x5412), EPERM),
+    ((IOCTL, 0, UPPER | 0x5412), EPERM),
+    ((IOCTL, 0, 0x541C), EPERM),
+    ((PERSONALITY, 0), ALLOW),
+    ((PERSONALITY, 0xFFFFFFFF), ALLOW),
+    ((PERSONALITY, 0x0040000), ALLOW),
+    ((PERSONALITY, 0x0400000), EPERM),
+    ((PERSONALITY, 6), EPERM),
+]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("filter") / "filter.bpf"
+    path.write_bytes(compile_filter())
+    return path
+
+
+def simulated(program: Path, number: int, *args: int, architecture: str = "x86_64") -> str:
+    """What the kernel would do, in the simulator's words."""
+    given = [word for index, arg in enumerate(args) for word in (f"-{index}", str(arg))]
+    command = ["scmp_bpf_sim", "-f", str(program), "-a", architecture, "-s", str(number), *given]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_every_call_of_the_table_is_denied_and_no_other_one(program: Path) -> None:
+    found = {number: simulated(program, number) for number in range(HIGHEST)}
+    denied = {number: EPERM for name, number in DENIED.items() if name not in BY_ARGUMENT}
+    answered = {number: f"ERRNO({error})" for number, error in ANSWERS.items()}
+    assert {number: action for number, action in found.items() if action != ALLOW} == denied | answered
+
+
+@pytest.mark.parametrize(
+    ("call", "action"), ARGUMENTS, ids=lambda value: "-".join(map(hex, value)) if isinstance(value, tuple) else value
+)
+def test_what_depends_on_an_argument(program: Path, call: tuple[int, ...], action: str) -> None:
+    assert simulated(program, *call) == action
+
+
+def test_calls_of_other_abis_are_none_of_ours(program: Path) -> None:
+    """x32 has a bit of its own in the numbers; each may mean another call in our table."""
+    assert {simulated(program, number, architecture="x86") for number in range(0, 450, 7)} == {EPERM}
+    assert {simulated(program, 0x40000000 | number) for number in range(0, 450, 7)} == {EPERM}

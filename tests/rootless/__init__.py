@@ -6,6 +6,10 @@ import os
 from typing import Any
 
 GIVEN = os.environ.get("JOBRUNNER_TEST_USER", "nothing")
-MISSING = ("cpus", "memory", "read_bps", "write_bps") if GIVEN == "nothing" else ()
+MISSING = {
+    "cgroups": (),
+    "memory and pids": ("cpus", "read_bps", "write_bps"),
+    "nothing": ("cpus", "memory", "read_bps", "write_bps"),
+}[GIVEN]
 """What jobs must be allowed to lack. Not `pids`: a user namespace counts its tasks."""
 CONFIG: dict[str, Any] = {"cgroup_parent": os.environ.get("JOBRUNNERD_CGROUP_PARENT", ""), "allow_missing": MISSING}

@@ -27,6 +27,12 @@ async def test_pid_1_has_the_jobs_uid_and_is_out_of_its_reach(arena: Arena, name
         assert (outcome.word, outcome.why) in (("refused", "EPERM"), ("refused", "EACCES")), without
 
 
+async def test_files_of_pid_1_that_ask_for_its_uid_alone_are_roots(arena: Arena) -> None:
+    for name in ("oom_score_adj", "autogroup", "coredump_filter", "comm"):
+        assert (await arena.attack("files", "open_for_writing", f"/proc/1/{name}")).text == "refused: EACCES", name
+        assert (await arena.attack("files", "open_for_writing", f"/proc/self/{name}")).word == "succeeded", name
+
+
 async def test_a_process_of_its_own_is_not(arena: Arena) -> None:
     assert (await arena.attack("processes", "trace_own_child")).word == "succeeded"
     assert (await arena.attack("processes", "peek", "self")).word == "succeeded"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,21 @@ async def test_deadline_stop_and_output_limit_are_the_shims(tmp_path: Path) -> N
         stopped = await job.stop(grace=0.1, by="tester")
     assert [info.end_reason for info in (late, loud, stopped)] == ["deadline", "output_limit", "stopped"]
     assert (stopped.stopped_by, stopped.signal) == ("tester", 9)
+
+
+async def test_init_dies_with_a_shim_that_is_killed_and_everything_with_init(tmp_path: Path) -> None:
+    """The signal at a parent's death is forgotten when credentials change (PR_SET_PDEATHSIG); init's do not after that."""
+    seconds = 100 + secrets.randbelow(1 << 30)
+    async with open_runner(tmp_path, **CONFIG) as runner:
+        job = await runner.start(shell(f"trap '' TERM; setsid sleep {seconds} & sleep {seconds}; true"))
+        wait_until(lambda: len(sleepers(seconds)) == 2)
+        above = [int(status_field(pid, "PPid")) for pid in sleepers(seconds)]
+        shell_pid = next(pid for pid in above if status_field(pid, "Name") == "sh")
+        os.kill(int(status_field(int(status_field(shell_pid, "PPid")), "PPid")), signal.SIGKILL)
+        with fail_after(20):
+            info = await job.wait()
+        assert (info.status, info.end_reason) == ("failed", "lost")
+        wait_until(lambda: sleepers(seconds) == [])
 
 
 CLOSE = "mkdir -p a/b/c; echo x > a/b/c/file; cp /bin/true su; chmod 6755 su; chmod 000 a/b/c a/b a .; exit 0"

@@ -105,6 +105,21 @@ def test_a_job_from_its_start_over_a_crash_to_its_end(where: Path) -> None:
     wait_until(lambda: shims() == [])
 
 
+@pytest.mark.given("nothing")
+def test_a_server_to_try_it_with(tmp_path: Path) -> None:
+    environ = {**os.environ, "JOBRUNNERD_ALLOW_MISSING": " ".join(MISSING)}
+    command = [str(BIN / "jobrunnerd"), "dev", "--listen", "127.0.0.1:0", "--dir", str(tmp_path)]
+    with subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        try:
+            assert any(line.startswith("listening on ") for line in server.stderr)
+            as_admin = f". {tmp_path}/admin.env && exec {BIN}/jobrunner run -- whoami"
+            assert subprocess.run(["sh", "-c", as_admin], check=True, capture_output=True).stdout == b"job\n"
+        finally:
+            server.terminate()
+            server.stderr.read()
+
+
 def check(environ: Mapping[str, str]) -> tuple[int, dict[str, dict[str, str]]]:
     done = subprocess.run(
         [BIN / "jobrunnerd", "check", "--json"],

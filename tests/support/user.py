@@ -12,7 +12,7 @@ import stat
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,12 @@ from pathlib import Path
 from jobrunner.linux.mountinfo import cgroup_mounts, cgroup_version, own_cgroups
 from tests.support.shim import removed, wait_until
 
-UID = 54321
+UID = 1_800_000_000 + os.getpid()
+"""Nobody else's, of another run neither."""
 ROOT = Path(__file__).parents[2]
-V2_CONTROLLERS = ("cpu", "memory", "pids", "io")
+ALL = ("cpu", "memory", "pids", "io")
+"""As v2 names them."""
+OF_V1 = {"cpu": ("cpu", "cpuacct"), "io": ("blkio",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +90,16 @@ def home() -> Iterator[Path]:
 
 
 @contextmanager
-def delegated() -> Iterator[Delegation]:
-    """All controllers, as an administrator gives them: directories with the files of theirs that may be written to (cgroups(7))."""
+def delegated(controllers: Sequence[str] = ALL) -> Iterator[Delegation]:
+    """These controllers, as an administrator gives them: directories, with their files that may be written to (cgroups(7))."""
     mounts, name = cgroup_mounts(), f"jobrunner-test-{uuid.uuid4().hex[:8]}"
     pure = cgroup_version(mounts) == "v2"
     above = Path(mounts[""].directory(own_cgroups()[""])).parents[1] if pure else Path(mounts[""].point)
     if pure:  # two levels up nobody is at home: tests/vm/guest.sh
-        (above / "cgroup.subtree_control").write_text(" ".join(f"+{controller}" for controller in V2_CONTROLLERS))
+        (above / "cgroup.subtree_control").write_text(" ".join(f"{'+' if one in controllers else '-'}{one}" for one in ALL))
     unified = above / name
-    v1 = {mounts[controller].point for controller in ("cpu", "cpuacct", "memory", "pids", "blkio") if controller in mounts}
+    names = [name for controller in controllers for name in OF_V1.get(controller, (controller,))]
+    v1 = {mounts[name].point for name in names if name in mounts}
     directories = [Path(point, name) for point in v1] + [unified]
     made: list[Path] = []
     try:

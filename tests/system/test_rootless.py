@@ -6,23 +6,35 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 
 import pytest
 
 from tests.support.shim import wait_until
 from tests.support.timing import at_most
-from tests.support.user import NONE, ROOT, command_as_user, delegated, home, processes_of_user
+from tests.support.user import NONE, ROOT, Delegation, command_as_user, delegated, home, processes_of_user
 
 pytestmark = [pytest.mark.requires("root", "command:unshare", "command:setpriv"), pytest.mark.timeout(120)]
 
 
 FORKS = "tests/rootless/test_attacks.py::test_a_fork_bomb_meets_its_limit_exactly"
-TESTS = {"cgroups": ["tests/rootless"], "nothing": ["tests/rootless/test_jobs.py", "tests/rootless/test_service.py", FORKS]}
+TESTS = {
+    "cgroups": ["tests/rootless"],
+    "nothing": ["tests/rootless/test_jobs.py", "tests/rootless/test_service.py", FORKS],
+    "memory and pids": ["tests/rootless/test_partly.py"],
+}
+CGROUPS: Mapping[str, Callable[[], AbstractContextManager[Delegation]]] = {
+    "cgroups": delegated,
+    "memory and pids": partial(delegated, ("memory", "pids")),  # what systemd gives users by default
+    "nothing": lambda: contextlib.nullcontext(NONE),
+}
 
 
 @pytest.mark.parametrize("given", TESTS)
 def test_everything_works_for_a_real_user(given: str) -> None:
-    with home() as directory, delegated() if given == "cgroups" else contextlib.nullcontext(NONE) as delegation:
+    with home() as directory, CGROUPS[given]() as delegation:
         environ = {"HOME": str(directory), "TMPDIR": str(directory), "JOBRUNNER_TEST_USER": given}
         environ |= {name: os.environ[name] for name in ("JOBRUNNER_MUST_RUN", "JOBRUNNER_TIME_FACTOR") if name in os.environ}
         environ |= {"JOBRUNNERD_CGROUP_PARENT": delegation.parent, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}

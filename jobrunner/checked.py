@@ -88,7 +88,7 @@ def id_range(value: object) -> tuple[int, int]:
         raise ValueError(f"{value!r} is not FIRST:COUNT")
     first, count = int(found[1]), int(found[2])
     if first < 1 or count < 1 or first + count > 0xFFFFFFFF:
-        raise ValueError(f"{value!r} is no range of uids; root's is not for jobs")
+        raise ValueError(f"{value!r} is no range of ids; root's is not for jobs")
     return first, count
 
 

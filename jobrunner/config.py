@@ -19,7 +19,9 @@ from typing import Any
 
 from jobrunner import checked
 from jobrunner.errors import ConfigError, InvalidRequest
+from jobrunner.identity import PROJECT_IDS, range_of
 from jobrunner.job import Limits, OutputPolicy
+from jobrunner.limits import MIN_DIRECTORY
 from jobrunner.offers import TABLES, Offers
 from jobrunner.units import is_loopback, parse_address
 
@@ -40,8 +42,6 @@ DEFAULTS = Limits(
     output_policy=OutputPolicy.DROP_OLDEST,
 )
 NO_LIMITS = Limits()
-JOB_UIDS = (0x70000000, 65536)
-"""Outside of passwd, of the ranges in subuid, and of what systemd takes for itself (systemd's UIDS-GIDS)."""
 NO_OFFERS = Offers()
 ON_SHUTDOWN = ("keep", "stop")
 ON_WRITE_ERROR = ("continue", "stop")
@@ -68,7 +68,7 @@ class RunnerConfig:
     keep_age: float | None = None
     """Seconds that an ended job is kept."""
     keep_bytes: int | None = None
-    """Bytes of output of all ended jobs together."""
+    """Bytes of output of all ended jobs together, and of their work directories where project quotas count them."""
     max_running_per_user: int = 1000
     segment_bytes: int = 16 << 20
     """Size of a file of a job's log: dropped whole, so an eighth of the job's output limit at most, and a 64th at least."""
@@ -77,11 +77,18 @@ class RunnerConfig:
     offers: Offers = NO_OFFERS
     """Root file systems and volumes that a job may ask for."""
     workspaces: bool = False
-    """Whether a job may ask for a directory that is kept for its user's next one: nothing bounds how large they are."""
+    """Whether a job may ask for a directory that is kept for its user's next one."""
+    workspace_size: int | None = None
+    """Bytes that each of them may take: with project quotas alone. None: as large as the disk."""
+    work_quota: int | None = 10 << 30
+    """Bytes of /work on disk for jobs that have no `work_size`, where the file system has project quotas. None for no bound."""
+    project_ids: tuple[int, int] = PROJECT_IDS
+    """First and count: each directory that a project quota bounds has a project of its own."""
     network_host: bool = False
     """Whether a job may ask for the host's network instead of none."""
-    job_uids: tuple[int, int] = JOB_UIDS
-    """First and count: every running job has a uid of its own, and the gid of the same number."""
+    job_uids: tuple[int, int] = (0, 0)
+    """First and count: every running job has a uid of its own, and a gid of that number; the first is workspaces'. (0, 0): one
+    of 4096 ranges, by the state directory's path."""
     show: tuple[str, ...] = ()
     """What jobs see of the host besides /usr, /bin, /sbin, /lib*, /etc and /opt."""
     hide: tuple[str, ...] = ()
@@ -92,6 +99,9 @@ class RunnerConfig:
     def __post_init__(self) -> None:
         if not self.node:
             object.__setattr__(self, "node", socket.gethostname())
+        if self.job_uids == (0, 0):
+            object.__setattr__(self, "job_uids", range_of(self.state_dir))
+        self.offers.check(self.state_dir.absolute(), self.show)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +174,9 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "segment_bytes": checked.between(checked.size, 4096, 1 << 40),
     "on_write_error": checked.word(*ON_WRITE_ERROR),
     "workspaces": checked.flag,
+    "workspace_size": checked.or_none(checked.between(checked.size, MIN_DIRECTORY, 1 << 62)),
+    "work_quota": checked.or_none(checked.between(checked.size, MIN_DIRECTORY, 1 << 62)),
+    "project_ids": checked.id_range,
     "network_host": checked.flag,
     "job_uids": checked.id_range,
     "show": checked.host_paths,

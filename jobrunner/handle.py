@@ -39,7 +39,15 @@ class RunnerJob:
         """None once the shim is known to be gone, and for the moment in which it could not be reached."""
         self.stop_asked_by: str | None = None
         self._job = Job(
-            record.job_id, record.spec, record.limits, record.user, record.node, record.created, started, record.missing
+            record.job_id,
+            record.spec,
+            record.limits,
+            record.user,
+            record.node,
+            record.created,
+            started,
+            record.missing,
+            record.work,
         )
         self._runner = runner
         self._ended = asyncio.Event()

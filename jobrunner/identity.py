@@ -5,11 +5,32 @@ The range is taken in a circle, so what a job has left behind under its uid is a
 
 from __future__ import annotations
 
+import hashlib
+import os
 import secrets
+from pathlib import Path
 
 from jobrunner.errors import LimitReached
 
-__all__ = ["Identities"]
+__all__ = ["PROJECT_IDS", "Identities", "range_of", "split"]
+
+UIDS = 0x70000000
+"""Up to 0x7fffffff they are outside of passwd, of the ranges in subuid, and of what systemd takes (its UIDS-GIDS)."""
+RANGES, RANGE = 4096, 65536
+
+PROJECT_IDS = (0x70000000, 1 << 20)
+"""First and count of the projects of work directories and workspaces, far from what container runtimes and kubelet take."""
+
+
+def range_of(state_dir: Path) -> tuple[int, int]:
+    """First and count of the uids for a state directory that is given none: two servers of one host hardly ever have the same."""
+    digest = hashlib.sha256(os.fsencode(os.path.realpath(state_dir))).digest()
+    return UIDS + int.from_bytes(digest[:4]) % RANGES * RANGE, RANGE
+
+
+def split(first: int, count: int) -> tuple[int, int, int]:
+    """Of a range of uids the one whose files are on disk that one job leaves to the next, and first and count of the jobs' own."""
+    return (first, first + 1, count - 1) if count > 1 else (first, first, 1)
 
 
 class Identities:

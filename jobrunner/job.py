@@ -163,6 +163,8 @@ class JobInfo:
     root: str = ""
     volumes: tuple[str, ...] = ()
     workspace: str = ""
+    work: str = ""
+    """Where /work is: `disk`, bounded there if `limits.work_size` is set, or `memory`; empty from a server that does not tell."""
     limits: Limits = field(default_factory=Limits)
     missing: tuple[str, ...] = ()
     """What the host lacks and the configuration allows to be missing, or cannot do in full; one sentence each."""
@@ -184,7 +186,7 @@ class Workspace:
     used: float
     """When a job last began with it, seconds since the epoch."""
     size: int | None = None
-    """Bytes on disk; None while a job has it, because what moves cannot be counted."""
+    """Bytes on disk; None while a job has it and no project quota counts them, because what moves cannot be counted."""
     held_by: str = ""
     """The id of the job that has it; empty if none does."""
 
@@ -201,6 +203,7 @@ class Job:
     created: float = 0.0
     started: float | None = None
     missing: tuple[str, ...] = ()
+    work: str = ""
     ending: Ending | None = None
 
     @property
@@ -239,6 +242,7 @@ class Job:
             root=self.spec.root,
             volumes=self.spec.volumes,
             workspace=self.spec.workspace,
+            work=self.work,
             limits=self.limits,
             missing=self.missing,
             usage=ending.usage if ending else usage,

@@ -43,7 +43,7 @@ class Limits:
     tmp_size: int | None = None
     """Bytes of /tmp, and as many of /dev/shm; they are memory, so they count as the job's."""
     work_size: int | None = None
-    """Bytes of /work, which is memory then; None: it is on the server's disk, and as large."""
+    """Bytes of /work, on disk where the file system has project quotas, otherwise in memory; None: on disk, and as large."""
     timeout: float | None = None
     """Seconds of wall time until the job is ended, reason `deadline`."""
     idle_timeout: float | None = None

@@ -6,18 +6,21 @@
     sources = {path = "/srv/sources", read_only = true}
     cache = {path = "/srv/cache", owner = "ci:ci"}
 
-Paths are not looked at here: a directory may be mounted later than the server starts.
+Paths are not looked at here: a directory may be mounted later than the server starts. That a volume's leads through no symbolic
+link is seen to when a job starts (shim/volume.c), so what is said here of paths holds of the directories.
 """
 
 from __future__ import annotations
 
 import grp
+import os
 import pwd
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from jobrunner.errors import ConfigError
 from jobrunner.spec import is_name
 
 __all__ = ["TABLES", "Offers", "Owner", "Volume"]
@@ -56,6 +59,25 @@ class Offers:
 
     roots: Mapping[str, Path] = field(default_factory=dict)
     volumes: Mapping[str, Volume] = field(default_factory=dict)
+
+    def check(self, state_dir: Path, show: Iterable[str]) -> None:
+        """Raise ConfigError for what jobs could take away from under others.
+
+        A job that writes to a volume may put a link where a directory was, and the next one would be given where that leads.
+        """
+        given = [(f"volumes: {name}", volume.path) for name, volume in self.volumes.items()]
+        given += [(f"roots: {name}", path) for name, path in self.roots.items()] + [("show", Path(path)) for path in show]
+        for name, volume in self.volumes.items():
+            if _is_below(state_dir, volume.path) or _is_below(volume.path, state_dir):
+                raise ConfigError("configuration", f"volumes: {name}: the state directory, {state_dir}, is the server's alone")
+            for what, path in [] if volume.read_only else given:
+                if path != volume.path and _is_below(path, volume.path):
+                    raise ConfigError("configuration", f"{what}: {path} is below volume {name}, which jobs write to")
+
+
+def _is_below(path: Path, other: Path) -> bool:
+    """Or the same."""
+    return Path(os.path.normpath(path)).is_relative_to(os.path.normpath(other))
 
 
 def _volume(value: object) -> Volume:

@@ -1,13 +1,15 @@
-"""What a job gets of the host by name: its root, its volumes, and the sizes of its own directories, for the launcher's list.
+"""What a job gets of the host: its root and its volumes, by name, and the size and kind of its own directory.
 
 check       may it have them: by the configuration alone, when the request comes
-mounts      whose files are they: by the directories, when it starts
+work_kind   where its own directory is: on disk, bounded by a project quota if it has a size, or in memory
+mounts      whose files are they, and how many may there be: by the directories, when it starts
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -15,16 +17,21 @@ import anyio.to_thread
 
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import InvalidRequest, StartFailed
+from jobrunner.job import Limits
+from jobrunner.linux.quota import Projects
 from jobrunner.linux.user import is_root
 from jobrunner.offers import Volume
 from jobrunner.record import JobRecord
 from jobrunner.shim.launch import Report, VolumeMount
 from jobrunner.spec import JobSpec
+from jobrunner.statedir import StateDir
 from jobrunner.workspace import Workspaces
 
-__all__ = ["check", "mounts", "remedy", "root_of"]
+__all__ = ["DISK", "MEMORY", "check", "defaults", "mounts", "remedy", "root_of", "work_kind"]
 
 VOLUMES = "/volumes"
+DISK, MEMORY = "disk", "memory"
+LINK = ": it is, or is below, a symbolic link; [volumes] has to name where that leads"
 
 
 def check(spec: JobSpec, config: RunnerConfig) -> None:
@@ -45,22 +52,41 @@ def root_of(spec: JobSpec, config: RunnerConfig) -> str:
     return str(config.offers.roots[spec.root]) if spec.root else ""
 
 
-async def mounts(record: JobRecord, config: RunnerConfig, workspaces: Workspaces) -> list[VolumeMount]:
-    """The job's volumes and its workspace. Raises StartFailed."""
-    if not record.spec.volumes and not record.spec.workspace:
+def defaults(config: RunnerConfig, projects: Projects) -> Limits:
+    """The configured ones, and the size of /work on disk where the file system can bound it."""
+    found, ceiling = config.defaults, config.ceilings.work_size
+    if found.work_size is not None or config.work_quota is None or projects.lack:
+        return found
+    return replace(found, work_size=config.work_quota if ceiling is None else min(config.work_quota, ceiling))
+
+
+def work_kind(limits: Limits, projects: Projects) -> str:
+    """Where /work of a job with these limits is."""
+    return MEMORY if limits.work_size is not None and projects.lack else DISK
+
+
+async def mounts(record: JobRecord, config: RunnerConfig, state: StateDir, workspaces: Workspaces) -> list[VolumeMount]:
+    """The job's volumes and its workspace, and its own directory bounded. Raises StartFailed, LimitReached."""
+    if not record.spec.volumes and not record.spec.workspace and not _is_bounded(record):
         return []
-    # A directory may be away for long, so not on the loop.
-    return await anyio.to_thread.run_sync(_mounts, record, config, workspaces)
+    # A directory may be away for long, and quotas are on disk, so not on the loop.
+    return await anyio.to_thread.run_sync(_mounts, record, config, state, workspaces)
 
 
-def _mounts(record: JobRecord, config: RunnerConfig, workspaces: Workspaces) -> list[VolumeMount]:
+def _is_bounded(record: JobRecord) -> bool:
+    return record.work == DISK and record.limits.work_size is not None
+
+
+def _mounts(record: JobRecord, config: RunnerConfig, state: StateDir, workspaces: Workspaces) -> list[VolumeMount]:
     spec = record.spec
+    if _is_bounded(record):
+        try:
+            state.projects.bound(state.directory(record.job_id) / "work", record.limits.work_size)
+        except OSError as exc:
+            raise StartFailed(spec.command, "work", exc.errno or 0, "project quota") from exc
     found = [_mount(spec, config.offers.volumes[name], name, read_only) for name, read_only in map(_split, spec.volumes)]
     if spec.workspace:
-        try:
-            found.append(workspaces.prepare(record.user, spec.workspace, record.uid))
-        except OSError as exc:
-            raise StartFailed(spec.command, "workspace", exc.errno or 0, spec.workspace) from exc
+        found.append(workspaces.prepare(record))
     return found if is_root() else [_as_user(mount, spec) for mount in found]
 
 
@@ -77,6 +103,8 @@ def remedy(report: Report) -> str:
     """What to say besides the kernel's reason for a start that failed."""
     if report.step == "idmap" and report.errno == errno.EINVAL:
         return ': its file system cannot map ids (Linux 5.12; not NFS); owner = "keep" in [volumes] leaves the owners as they are'
+    if report.step == "volume" and report.errno == errno.ELOOP:
+        return LINK
     return ""
 
 
@@ -85,9 +113,13 @@ def _mount(spec: JobSpec, volume: Volume, name: str, read_only: bool) -> VolumeM
     if volume.keep_owners or volume.owner is not None:
         return VolumeMount(str(volume.path), target, read_only, volume.owner)
     try:
-        found = volume.path.stat()
+        found = volume.path.lstat()
     except OSError as exc:
         raise StartFailed(spec.command, "volume", exc.errno or 0, name) from exc
+    if stat.S_ISLNK(found.st_mode):  # one above it is the launcher's to refuse
+        raise StartFailed(spec.command, "volume", errno.ELOOP, name + LINK)
+    if not stat.S_ISDIR(found.st_mode):
+        raise StartFailed(spec.command, "volume", errno.ENOTDIR, name)
     if 0 not in (found.st_uid, found.st_gid):
         return VolumeMount(str(volume.path), target, read_only, (found.st_uid, found.st_gid))
     if not read_only:

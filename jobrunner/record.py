@@ -36,6 +36,8 @@ class JobRecord:
     missing: tuple[str, ...] = ()
     uid: int = 0
     """The job's, and its gid; 0 in what a server wrote that ran jobs as root."""
+    work: str = "disk"
+    """Where its /work is: `disk` or `memory`."""
 
 
 def fingerprint(spec: JobSpec) -> str:
@@ -63,6 +65,7 @@ def pack_record(record: JobRecord) -> bytes:
         "cgroup": dict(record.cgroup),
         "missing": list(record.missing),
         "uid": record.uid,
+        "work": record.work,
     }
     return json.dumps(raw).encode()
 
@@ -101,6 +104,7 @@ def _from_json(raw: dict[str, Any]) -> JobRecord:
         cgroup=raw["cgroup"],
         missing=tuple(raw["missing"]),
         uid=int(raw.get("uid", 0)),
+        work=raw.get("work") or ("memory" if raw["limits"].get("work_size") else "disk"),
     )
 
 

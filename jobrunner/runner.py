@@ -39,7 +39,7 @@ from jobrunner.errors import (
     Unavailable,
 )
 from jobrunner.handle import RunnerJob
-from jobrunner.identity import Identities
+from jobrunner.identity import Identities, split
 from jobrunner.job import EndReason, JobSpec, JobStatus, Limits, Workspace
 from jobrunner.linux import disk
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
@@ -74,8 +74,11 @@ class JobRunner:
         self.cgroups = cgroups
         self.inotify = inotify
         self.calls = calls
-        self.identities = Identities(*config.job_uids)
-        self.workspaces = Workspaces(state.path / "workspaces", state.removed)
+        self.defaults = places.defaults(config, state.projects)
+        """Of jobs' limits: the configured ones, and what this host adds."""
+        keeper, *uids = split(*config.job_uids)
+        self.identities = Identities(*uids)
+        self.workspaces = Workspaces(state, keeper, config.workspace_size)
         self.host = host_facts()
         self.chunks = ChunkCache()
         self.catalog = Catalog(self)
@@ -105,7 +108,10 @@ class JobRunner:
         """
         await anyio.to_thread.run_sync(sandbox.check_host, config)
         calls = await anyio.to_thread.run_sync(compile_filter)
-        with contextlib.closing(StateDir(config.state_dir.resolve())) as state, contextlib.closing(Inotify()) as inotify:
+        with (
+            contextlib.closing(StateDir(config.state_dir.resolve(), config.project_ids)) as state,
+            contextlib.closing(Inotify()) as inotify,
+        ):
             cgroups = detect(config.cgroup_parent, sandbox.base_name(state.path))
             with contextlib.closing(cgroups):
                 sandbox.check_limits(config, cgroups)
@@ -200,7 +206,7 @@ class JobRunner:
         if spec.network == "host" and not self.config.network_host:
             raise InvalidRequest("network", "this server gives jobs no network (network_host = true in its configuration would)")
         places.check(spec, self.config)
-        limits = spec.limits.over(self.config.defaults)
+        limits = spec.limits.over(self.defaults)
         limits.check_ceilings(self.config.ceilings)
         if self._closing:
             raise Unavailable(f"cannot start job: the server is {self._closing}")
@@ -222,8 +228,8 @@ class JobRunner:
             self.identities.give_back(uid)
             raise
         created, node = time.time(), self.config.node
-        missing = (*cgroup.missing, *identity())
-        record = JobRecord(job_id, spec, limits, user, node, created, fingerprint(spec), cgroup.paths, missing, uid)
+        missing, work = (*cgroup.missing, *identity()), places.work_kind(limits, self.state.projects)
+        record = JobRecord(job_id, spec, limits, user, node, created, fingerprint(spec), cgroup.paths, missing, uid, work)
         try:
             await anyio.to_thread.run_sync(self.state.create, record)
         except OSError as exc:
@@ -231,9 +237,9 @@ class JobRunner:
             raise StartFailed(spec.command, "record", exc.errno or 0) from exc
         # From here on a start that is cut short is recovery's: it alone can tell whether the job runs.
         try:
-            mounts = await places.mounts(record, self.config, self.workspaces)
+            mounts = await places.mounts(record, self.config, self.state, self.workspaces)
             started = await sandbox.launch(record, cgroup, self.state.directory(job_id), self.config, self.calls, mounts)
-        except StartFailed:
+        except (StartFailed, LimitReached):
             await self._undo(record, cgroup)
             raise
         except sandbox.LauncherLost as exc:

@@ -64,12 +64,15 @@ def needs(config: RunnerConfig) -> check.Needs:
         allow_missing=config.allow_missing,
         max_running=config.max_running,
         job_uids=config.job_uids,
+        project_ids=config.project_ids,
+        work_quota=config.work_quota,
+        workspace_size=config.workspace_size if config.workspaces else None,
     )
 
 
 def check_host(config: RunnerConfig) -> None:
     """HostError, in the words of `jobrunnerd check`, if jobs cannot be born here at all. A few milliseconds, so not on the loop."""
-    check.refuse(check.quick(needs(config)))
+    check.refuse([*check.quick(needs(config)), check.workspaces(needs(config))])
 
 
 def check_limits(config: RunnerConfig, cgroups: CgroupHost) -> None:
@@ -151,8 +154,8 @@ def _plan(
         root=places.root_of(spec, config),
         volumes=volumes,
         mask=(*HIDE, *config.hide, str(config.state_dir.resolve())),
-        work="" if limits.work_size else str(directory / "work"),
-        work_size=limits.work_size,
+        work=str(directory / "work") if record.work == places.DISK else "",
+        work_size=limits.work_size if record.work == places.MEMORY else None,
         tmp_size=limits.tmp_size,
         seccomp=calls,
         protect=PROTECTIONS,

@@ -19,7 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobrunner.errors import HostError
+from jobrunner.identity import PROJECT_IDS
 from jobrunner.job import is_job_id
+from jobrunner.linux.quota import Projects
 from jobrunner.linux.tree import remove_tree, reown_tree
 from jobrunner.linux.user import give
 from jobrunner.record import JobRecord, RecordError, pack_record, parse_record
@@ -45,7 +47,7 @@ class Found:
 class StateDir:
     """The state directory, held by one server at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, project_ids: tuple[int, int] = PROJECT_IDS) -> None:
         """Make and lock it. HostError if it cannot be made or another server holds it."""
         self.path = path
         self.jobs, self.running, self.removed, self.corrupt = (path / name for name in ("jobs", "running", "removed", "corrupt"))
@@ -61,6 +63,7 @@ class StateDir:
         except OSError as exc:
             os.close(self._lock)
             raise HostError(f"cannot use state directory {path}: another server holds it") from exc
+        self.projects = Projects(path, *project_ids)
 
     def close(self) -> None:
         os.close(self._lock)
@@ -71,7 +74,7 @@ class StateDir:
     def find(self) -> Found:
         """All jobs that are there. Finishes removals that were cut short, and sets aside what is none of ours."""
         for name in os.listdir(self.removed):
-            _remove_tree(self.removed / name)
+            self.clear(self.removed / name)
         marked = set(self._entries(self.running, "a marker"))
         there = self._entries(self.jobs, "a job's directory")
         for job_id in marked.difference(there):  # its job was removed
@@ -176,8 +179,19 @@ class StateDir:
         # Order: out of sight on disk too before anything in it goes, or a power loss would show a job with half its log.
         _sync_directory(self.jobs)
         for job_id, place in zip(job_ids, taken, strict=True):
-            _remove_tree(place)
+            self.clear(place)
             self.settle(job_id)
+
+    def clear(self, path: Path) -> None:
+        """Remove what is on its way out, a job's directory or a workspace; what cannot be is told, and tried again by `find`."""
+        try:
+            with self.projects.removing(path / "work"), self.projects.removing(path / "files"):
+                if path.is_dir() and not path.is_symlink():
+                    remove_tree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError as exc:
+            logger.error("cannot remove %s: %s", path, exc)
 
     def write_stop(self, job_id: str, request: StopRequest) -> None:
         """Make a stop durable. A later one only shortens the first one's grace period."""
@@ -206,10 +220,11 @@ class StateDir:
             return None
 
     def kept_bytes(self, job_id: str) -> int:
-        """Bytes of the job's log, index included."""
+        """Bytes of the job's log, index included, and of its work directory, where the file system counts them."""
+        work = self.projects.usage(self.directory(job_id) / "work") or 0
         with contextlib.suppress(OSError), os.scandir(self.directory(job_id) / "log") as entries:
-            return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
-        return 0
+            return work + sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
+        return work
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -257,13 +272,6 @@ def _read_file(path: Path) -> bytes:
             return file.read(MAX_FILE)
     finally:
         os.close(fd)
-
-
-def _remove_tree(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        remove_tree(path)
-    with contextlib.suppress(OSError):
-        path.unlink()
 
 
 def _sync_directory(path: Path) -> None:

@@ -1,8 +1,8 @@
 """Workspaces: directories that are kept from one job of a user to the next, and that one job has at a time.
 
     STATE/workspaces/<user>/<name>          made for the first job that asks; modified when a job began with it
-    STATE/workspaces/<user>/<name>/files    what jobs see, at /workspace; owned by the uid of the job that it was made for, and
-                                            mapped to that of each later one
+    STATE/workspaces/<user>/<name>/files    what jobs see, at /workspace; owned by a uid that no job has, and mapped to that of
+                                            each job; with a project quota (linux/quota.py) if workspaces have a size
 
 Who has one is not on disk: it is the running job whose record asks for it, so a server that restarts knows it again.
 """
@@ -16,11 +16,12 @@ from urllib.parse import quote, unquote
 
 from jobrunner.errors import InvalidRequest, StartFailed
 from jobrunner.job import Workspace
-from jobrunner.linux.tree import remove_tree, tree_size
+from jobrunner.linux.tree import tree_size
 from jobrunner.linux.user import give
 from jobrunner.record import JobRecord
 from jobrunner.shim.launch import VolumeMount
 from jobrunner.spec import JobSpec, is_name
+from jobrunner.statedir import StateDir
 
 __all__ = ["TARGET", "Workspaces"]
 
@@ -36,10 +37,12 @@ Key = tuple[str, str]
 class Workspaces:
     """Those of one state directory. What looks at the disk is not for the event loop; `hold`, `release` and `holder` are."""
 
-    def __init__(self, path: Path, removed: Path) -> None:
-        """`removed` is where things go on their way out: what a crash leaves there is removed by the next server."""
-        self.path = path
-        self._removed = removed
+    def __init__(self, state: StateDir, owner: int, size: int | None = None) -> None:
+        """`owner` is whose the files are on disk, `size` what each may take of it, in bytes: with project quotas alone."""
+        self.path = state.path / "workspaces"
+        self._state = state
+        self._owner = owner
+        self._size = size
         self._held: dict[Key, str] = {}
 
     def __repr__(self) -> str:
@@ -67,9 +70,15 @@ class Workspaces:
         for key in [key for key, holder in self._held.items() if holder == f"job {job_id}"]:
             del self._held[key]
 
-    def prepare(self, user: str, name: str, uid: int) -> VolumeMount:
-        """Make it if it is not there; OSError if that cannot be."""
-        place = self._place(user, name)
+    def prepare(self, record: JobRecord) -> VolumeMount:
+        """Make it if it is not there, and see that it has its size. Raises StartFailed, LimitReached."""
+        try:
+            return self._prepare(record)
+        except OSError as exc:
+            raise StartFailed(record.spec.command, "workspace", exc.errno or 0, record.spec.workspace) from exc
+
+    def _prepare(self, record: JobRecord) -> VolumeMount:
+        place = self._place(record.user, record.spec.workspace)
         files = place / "files"
         for directory in (self.path, place.parent, place):
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -77,11 +86,23 @@ class Workspaces:
             # Order: it is there with its owner or not at all, or a crash would leave one of root's.
             made = place / ".new"
             made.mkdir(mode=0o700, exist_ok=True)
-            give(made, uid)
+            give(made, self._owner)
             made.rename(files)
+        self._bound(record, files)
         os.utime(place)
         found = files.stat()
         return VolumeMount(str(files), TARGET, False, (found.st_uid, found.st_gid))
+
+    def _bound(self, record: JobRecord, files: Path) -> None:
+        projects = self._state.projects
+        bounded = not projects.lack and projects.has(files)
+        if self._size is None and not bounded:
+            return
+        if not bounded and any(files.iterdir()):
+            name = record.spec.workspace
+            why = f"{name} was made without workspace_size, so what is in it cannot be counted: jobrunner workspace rm {name}"
+            raise StartFailed(record.spec.command, "workspace", 0, why)
+        projects.bound(files, self._size)
 
     def list(self) -> list[Workspace]:
         """All, by user and name."""
@@ -95,7 +116,10 @@ class Workspaces:
                     used = place.stat().st_mtime
                 except FileNotFoundError:  # removed meanwhile
                     continue
-                found.append(Workspace(*key, used, None if holder else _size(place), holder.removeprefix("job ")))
+                size = self._state.projects.usage(place / "files")
+                if size is None and not holder:
+                    size = _counted(place)
+                found.append(Workspace(*key, used, size, holder.removeprefix("job ")))
         return found
 
     def claim(self, user: str, name: str) -> None:
@@ -110,9 +134,9 @@ class Workspaces:
     def remove(self, user: str, name: str) -> None:
         """Remove one that was claimed."""
         try:
-            gone = self._removed / f"workspace.{time.time_ns()}"
+            gone = self._state.removed / f"workspace.{time.time_ns()}"
             self._place(user, name).rename(gone)
-            remove_tree(gone)
+            self._state.clear(gone)
         finally:
             del self._held[user, name]
 
@@ -120,7 +144,7 @@ class Workspaces:
         return self.path / _encoded(user) / name
 
 
-def _size(place: Path) -> int | None:
+def _counted(place: Path) -> int | None:
     """None if a job has begun with it, or it was removed, while it was counted."""
     try:
         return tree_size(place)

@@ -90,6 +90,7 @@ def details(info: JobInfo) -> str:
         "root": _clean(info.root),
         "volumes": " ".join(map(_clean, info.volumes)),
         "workspace": _clean(info.workspace),
+        "work": _clean(info.work),
         "limits": _numbers(info.limits),
         "usage": _numbers(info.usage),
         "missing": "; ".join(map(_clean, info.missing)),

@@ -9,11 +9,12 @@ from __future__ import annotations
 from jobrunner.linux.check_birth import quick
 from jobrunner.linux.check_bounds import bounds
 from jobrunner.linux.check_cgroup import cgroups, limits_apply
+from jobrunner.linux.check_work import work, workspaces
 from jobrunner.linux.finding import Finding, Level, Needs, refuse
 
-__all__ = ["Finding", "Level", "Needs", "everything", "limits_apply", "quick", "refuse"]
+__all__ = ["Finding", "Level", "Needs", "everything", "limits_apply", "quick", "refuse", "workspaces"]
 
 
 def everything(needs: Needs) -> list[Finding]:
     """All findings, in the order in which they are worth mending. Leaves nothing behind."""
-    return [*quick(needs), *cgroups(needs), *bounds(needs)]
+    return [*quick(needs), *cgroups(needs), *bounds(needs), work(needs), workspaces(needs)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobrunner.errors import HostError
+from jobrunner.identity import PROJECT_IDS
 from jobrunner.job import Limits
 
 __all__ = ["Finding", "Level", "Needs", "existing", "from_error", "refuse"]
@@ -47,6 +48,10 @@ class Needs:
     allow_missing: tuple[str, ...] = ()
     max_running: int = 1000
     job_uids: tuple[int, int] = (0x70000000, 65536)
+    project_ids: tuple[int, int] = PROJECT_IDS
+    work_quota: int | None = None
+    workspace_size: int | None = None
+    """None where there are no workspaces."""
 
 
 def from_error(name: str, exc: HostError, level: Level = Level.MISSING) -> Finding:

@@ -35,11 +35,13 @@ DENIED = (
     *("keyctl", "add_key", "request_key", "userfaultfd", "setns", "settimeofday", "clock_settime", "stime", "lookup_dcookie"),
     *("io_uring_setup", "io_uring_enter", "io_uring_register", "iopl", "ioperm", "vm86", "vm86old", "uselib", "nfsservctl"),
 )
-DENIED_NUMBERS = {"quotactl_fd": 443, "open_tree_attr": 467}
+DENIED_NUMBERS = {"quotactl_fd": 443, "open_tree_attr": 467, "file_setattr": 469}
 """Calls that are newer than libseccomp may be; numbers from 424 on are those of every architecture."""
 CLONE_NEWUSER = 0x10000000
 TERMINAL_INPUT = {"TIOCSTI": 0x5412, "TIOCLINUX": 0x541C}
 """ioctl(2): what is put in there is read by whoever reads the terminal next."""
+FILE_ATTRIBUTES = {"FS_IOC_FSSETXATTR": 0x401C5820, "FS_IOC_SETFLAGS": 0x40086602, "FS_IOC32_SETFLAGS": 0x40046602}
+"""ioctl(2), and so file_setattr(2): by these a file's owner takes it out of its project, whose quota bounds a directory."""
 FAMILIES = {0: "AF_UNSPEC", 1: "AF_UNIX", 2: "AF_INET", 10: "AF_INET6", 16: "AF_NETLINK"}
 """socket(2): all that a job may open; the others (AF_VSOCK, AF_ALG, AF_PACKET ...) are EAFNOSUPPORT."""
 HIGHEST_FAMILY = max(FAMILIES)
@@ -81,7 +83,7 @@ def _add_rules(rules: Any, library: Any) -> None:
     flags = 1 if platform.machine() == "s390x" else 0
     rules.add_rule(denied, "clone", arg(flags, masked, CLONE_NEWUSER, CLONE_NEWUSER))
     rules.add_rule(denied, "unshare", arg(0, masked, CLONE_NEWUSER, CLONE_NEWUSER))
-    for command in TERMINAL_INPUT.values():
+    for command in (*TERMINAL_INPUT.values(), *FILE_ATTRIBUTES.values()):
         rules.add_rule(denied, "ioctl", arg(1, masked, WORD, command))
     # Its first argument is a process, and of a server that is not root a job's pid 1 has the job's uid: it keeps its limits.
     rules.add_rule(denied, "prlimit64", arg(0, masked, WORD, 1))

@@ -8,8 +8,10 @@ is followed and no path is looked up twice. Whoever made the tree is dead, but a
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +20,11 @@ from jobrunner.linux.user import is_root
 __all__ = ["remove_tree", "reown_tree", "tree_size"]
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+GET_FLAGS, SET_FLAGS = 0x80086601, 0x40086602
+"""FS_IOC_GETFLAGS, FS_IOC_SETFLAGS: ioctl_iflags(2)."""
+HELD = 0x10 | 0x20
+"""Immutable, append-only: not even root removes such a file, or what is in such a directory."""
 
 
 def reown_tree(top: Path) -> None:
@@ -40,13 +47,41 @@ def remove_tree(top: Path) -> None:
     """Remove it, if it is there. OSError for the first thing that cannot be removed."""
     with contextlib.suppress(FileNotFoundError):
         for directory, name, is_directory in _contents(top, unlock=True):
-            (os.rmdir if is_directory else os.unlink)(name, dir_fd=directory)
-        top.rmdir()
+            _remove(directory, name, is_directory)
+        above = os.open(top.parent, DIRECTORY)
+        try:
+            _remove(above, top.name, True)
+        finally:
+            os.close(above)
 
 
 def tree_size(top: Path) -> int:
     """Bytes that it takes on disk; of a file with several names, as often as it is found."""
     return sum(os.stat(name, dir_fd=directory, follow_symlinks=False).st_blocks * 512 for directory, name, _ in _contents(top))
+
+
+def _remove(directory: int, name: str, is_directory: bool) -> None:
+    remove = os.rmdir if is_directory else os.unlink
+    try:
+        remove(name, dir_fd=directory)
+    except PermissionError:  # of what only root makes so
+        _let_go(directory)
+        kind = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
+        if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
+            file = os.open(name, FILE, dir_fd=directory)
+            try:
+                _let_go(file)
+            finally:
+                os.close(file)
+        remove(name, dir_fd=directory)
+
+
+def _let_go(file: int) -> None:
+    """Take the flags away that keep it; those that a file system does not know are none."""
+    with contextlib.suppress(OSError):
+        (flags,) = struct.unpack("@l", fcntl.ioctl(file, GET_FLAGS, bytes(8)))
+        if flags & HELD:
+            fcntl.ioctl(file, SET_FLAGS, struct.pack("@l", flags & ~HELD))
 
 
 def _contents(top: Path, unlock: bool = False, enter: Callable[[int], None] = lambda _: None) -> Iterator[tuple[int, str, bool]]:

@@ -117,7 +117,7 @@ class JobService(pb.JobServiceBase):
             memory=host.memory,
             running_jobs=self._runner.running,
             max_running_jobs=config.max_running,
-            defaults=limits_to_wire(config.defaults),
+            defaults=limits_to_wire(self._runner.defaults),
             ceilings=limits_to_wire(config.ceilings),
             draining=self._draining.is_set() or self._runner.is_closing,
             network_host=config.network_host,

@@ -105,6 +105,7 @@ struct mount_option {
 
 int mount_new(const char *type, const struct mount_option *options, unsigned int attributes);
 int mount_clone(int dir, const char *path, uint64_t attributes, bool recursive);
+int mount_directory(const char *path, uint64_t attributes);
 int mount_change(int mount, uint64_t set, unsigned int flags);
 int mount_put(int mount, int target);
 int open_in_root(int root, const char *path, uint64_t flags);

@@ -74,6 +74,22 @@ int open_inside(int root, const char *path)
 }
 
 /*
+ * A directory of the host's that a job gets: no name on the way to it is a link, because a job may have put it there. Nothing is mounted
+ * but what was found, so nobody can change it in between.
+ */
+int mount_directory(const char *path, uint64_t attributes)
+{
+	struct open_how how = {.flags = O_PATH | O_DIRECTORY | O_CLOEXEC, .resolve = RESOLVE_NO_SYMLINKS};
+	int directory = (int)syscall(SYS_openat2, AT_FDCWD, path, &how, sizeof how);
+	int mount = directory < 0 ? -1 : mount_clone(directory, "", attributes, true);
+	int error = errno;
+	if (directory >= 0)
+		close(directory);
+	errno = error;
+	return mount;
+}
+
+/*
  * The directory `path` below `root`, made with those above it where it is not there. One name at a time, each in a directory that was
  * found inside: a link of the root's (a named root is anybody's) would lead mkdirat(2) out to the host, whose root is still ours.
  */

@@ -43,7 +43,7 @@ int mount_volumes(int root, const struct plan *plan, struct report *why)
 		const struct volume *volume = &plan->volumes[i];
 		char target[PATH_MAX];
 		snprintf(target, sizeof target, "%.*s", volume->target_length, volume->target);
-		int mount = mount_clone(AT_FDCWD, volume->source, PLAIN | (volume->read_only ? MOUNT_ATTR_RDONLY : 0), true);
+		int mount = mount_directory(volume->source, PLAIN | (volume->read_only ? MOUNT_ATTR_RDONLY : 0));
 		if (mount >= 0 && idmap_volume(i, mount) != 0)
 			return fail(why, "idmap", errno, volume->source);
 		if (put_at(root, plan, target, mount, "volume", volume->source, why) != 0)

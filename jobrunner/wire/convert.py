@@ -201,6 +201,7 @@ INFO: Mapping[str, Field] = {
     "root": TEXT,
     "volumes": VOLUMES,
     "workspace": TEXT,
+    "work": TEXT,
 }
 
 

@@ -63,6 +63,7 @@ DENIED = {
     "mount_setattr": 442,
     "quotactl_fd": 443,
     "open_tree_attr": 467,
+    "file_setattr": 469,
 }
 """asm/unistd_64.h; everything else is allowed, but what is answered as by a kernel that does not have it."""
 ANSWERS = {435: errno.ENOSYS}

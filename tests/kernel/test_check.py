@@ -73,7 +73,14 @@ def test_each_thing_has_its_line(here: tuple[int, Found]) -> None:
         "inotify",
         "open files",
     }
-    assert set(here[1]) == namespaces | cgroups | others | {"processes", "lifetime", "apparmor", "user namespaces"}
+    assert set(here[1]) == namespaces | cgroups | others | {
+        "processes",
+        "lifetime",
+        "apparmor",
+        "user namespaces",
+        "work directories",
+        "workspaces",
+    }
 
 
 def test_what_is_not_ok_has_a_remedy(here: tuple[int, Found]) -> None:

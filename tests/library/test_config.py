@@ -204,7 +204,7 @@ def test_the_servers_key_is_hidden_from_jobs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('job_uids = "0:5"', "job_uids: '0:5' is no range of uids; root's is not for jobs"),
+        ('job_uids = "0:5"', "job_uids: '0:5' is no range of ids; root's is not for jobs"),
         ('job_uids = "5"', "job_uids: '5' is not FIRST:COUNT"),
         ('job_uids = "4294967290:10"', "job_uids: '4294967290:10' is no range"),
         ('show = ["/"]', "show: '/' is not an absolute path below /"),

@@ -69,7 +69,7 @@ async def test_a_job_does_not_see_the_volumes_that_it_did_not_ask_for(tmp_path: 
     ],
 )
 async def test_what_is_not_offered_is_refused_with_what_there_is(tmp_path: Path, spec: JobSpec, field: str, reason: str) -> None:
-    async with open_runner(tmp_path, **offering(sources=Volume(tmp_path, read_only=True))) as runner:
+    async with open_runner(tmp_path, **offering(sources=Volume(tmp_path / "sources", read_only=True))) as runner:
         with pytest.raises(InvalidRequest) as caught:
             await runner.start(spec)
         assert runner.running == 0

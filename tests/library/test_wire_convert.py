@@ -80,6 +80,7 @@ infos = st.builds(
     root=texts,
     volumes=st.lists(names | names.map(lambda name: f"{name}:ro"), max_size=3).map(tuple),
     workspace=texts,
+    work=texts,
     end_reason=st.none() | st.sampled_from(EndReason) | st.just("a_newer_word"),
     exit_code=codes,
     signal=codes,

@@ -13,6 +13,7 @@ import anyio
 import pytest
 
 from jobrunner.config import RunnerConfig
+from jobrunner.errors import InvalidRequest, StartFailed
 from jobrunner.job import Limits
 from jobrunner.runner import JobRunner
 from jobrunner.shim.stopfile import StopRequest
@@ -109,3 +110,27 @@ def test_a_second_server_is_refused_until_the_first_is_killed(private_server: Se
     begun = time.monotonic()
     StateDir(private_server.state).close()
     assert time.monotonic() - begun < at_most(5)
+
+
+async def test_a_workspace_is_its_jobs_also_when_the_server_is_killed_between_giving_and_taking_it(tmp_path: Path) -> None:
+    settings = tmp_path / "jobrunnerd.toml"
+    settings.write_text("workspaces = true\n")
+    first = ServerProcess(tmp_path, f"--config={settings}")
+    async with first.client() as client:
+        held = await client.start("sh", "-c", "echo mine > file; echo up; exec sleep 100", workspace="held")
+        async with held.log() as output:
+            await output.next_line()
+            first.end(signal.SIGKILL)
+    second = ServerProcess(tmp_path, f"--config={settings}")
+    try:
+        async with second.client() as client:
+            with pytest.raises(StartFailed, match=f"held is in use by job {held.job_id}"):
+                await client.start("true", workspace="held")
+            with pytest.raises(InvalidRequest, match=f"in use by job {held.job_id}"):
+                await client.remove_workspace("held")
+            await client.get(held.job_id).stop(grace=0)
+            assert (await (await client.start("grep", "mine", "file", workspace="held")).wait()).exit_code == 0
+            await client.remove_workspace("held")
+            assert await client.workspaces() == []
+    finally:
+        second.end()

@@ -17,7 +17,7 @@ what=("$@")
     tests/kernel/test_{v2,endings,limits,cgroup_limits,namespaces,leftovers}.py
     tests/library/test_runner_{start,end,reopen}.py
     tests/hostile/test_{exhaustion,processes,sockets}.py
-    tests/vm/test_unit.py
+    tests/vm/test_{quota,unit}.py
 )
 factor=${JOBRUNNER_TIME_FACTOR:-10}
 verbosity=${JOBRUNNER_VM_KERNEL:-quiet systemd.show_status=false}
@@ -29,6 +29,8 @@ command -v mkfs.ext4 >/dev/null || lacks mkfs.ext4 e2fsprogs
 kernel=$(find /boot -name 'vmlinuz-*-amd64' ! -name '*cloud*' | sort -V | tail -1)
 [ -n "$kernel" ] || lacks "a kernel of Debian" linux-image-amd64
 initrd=${kernel/vmlinuz/initrd.img}
+command -v mkfs.xfs >/dev/null || lacks mkfs.xfs xfsprogs
+command -v modprobe >/dev/null || lacks modprobe kmod
 [ -e "$initrd" ] || lacks "$initrd" "initramfs-tools, then: update-initramfs -c -k ${kernel#*vmlinuz-}"
 
 image=$cache/$(cat "$here/image.sh" "$checkout/requirements.lock" | sha256sum | head -c 16).ext4
@@ -42,12 +44,20 @@ fi
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$work/disk/checkout" "$work/disk/tmp"
+mkdir -p "$work/disk/checkout" "$work/disk/tmp" "$work/disk/modules"
 "$bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation --target "$work/disk/site" "$checkout"
 cp -a "$checkout/tests" "$checkout/packaging" "$checkout/pyproject.toml" "$work/disk/checkout"
 find "$work/disk/checkout" -name __pycache__ -prune -exec rm -rf {} +
-# Debian's kernel has everything else that the tests need built in, or in its initrd.
-find "/lib/modules/${kernel#*vmlinuz-}" -name 'loop.ko*' -exec cp {} "$work/disk" \;
+# What the tests need of Debian's kernel that is neither built in nor in its initrd: disks that are made of files, and quotas. In the
+# order in which one needs the other.
+for module in loop quota_v2 xfs; do
+    modprobe --dirname / --set-version "${kernel#*vmlinuz-}" --show-depends "$module" | sed -n 's/^insmod //p'
+done | awk '!seen[$1]++ { printf "%s %02d-", $1, NR; n = split($1, names, "/"); print names[n] }' | while read -r from name; do
+    cp "$from" "$work/disk/modules/$name"
+done
+# The machine has no xfsprogs.
+truncate -s 320M "$work/disk/xfs"
+mkfs.xfs -q "$work/disk/xfs"
 printf '%q ' "${what[@]}" >"$work/disk/arguments"
 echo "$factor" >"$work/disk/factor"
 truncate -s 3G "$work/disk.ext4"

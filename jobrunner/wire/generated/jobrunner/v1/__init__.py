@@ -281,6 +281,11 @@ class JobInfo(betterproto2.Message):
 
     workspace: "str" = betterproto2.field(24, betterproto2.TYPE_STRING)
 
+    work: "str" = betterproto2.field(25, betterproto2.TYPE_STRING)
+    """
+    Where /work is: "disk" (limits.work_size is its size there, if it is set) or "memory".
+    """
+
 
 default_message_pool.register_message("jobrunner.v1", "JobInfo", JobInfo)
 
@@ -790,7 +795,8 @@ class Limits(betterproto2.Message):
         14, betterproto2.TYPE_UINT64, optional=True
     )
     """
-    Bytes of /work, which counts as memory then; not set: it is on the server's disk.
+    Bytes of /work: on the server's disk where that has project quotas, otherwise in memory, which counts as the job's. Not set: on the
+    server's disk, and as large.
     """
 
 
@@ -1026,7 +1032,7 @@ class Workspace(betterproto2.Message):
 
     size: "int | None" = betterproto2.field(4, betterproto2.TYPE_UINT64, optional=True)
     """
-    Bytes on disk; not set while a job has it.
+    Bytes on disk; not set while a job has it and nothing counts them.
     """
 
     held_by: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)

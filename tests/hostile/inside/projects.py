@@ -1,0 +1,59 @@
+"""Attacks on the project of files: whoever owns a file could take it out of the quota that bounds its directory.
+
+The calls are tried with a flag that anybody may set, as not every file system has projects. Numbers are those of x86_64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import struct
+
+from tests.hostile.inside.base import Contained, attack, syscall
+
+GET_FLAGS, SET_FLAGS, SET_FLAGS_32 = 0x80086601, 0x40086602, 0x40046602
+GET_ATTRIBUTES, SET_ATTRIBUTES = 0x801C581F, 0x401C5820
+ATTRIBUTES = struct.Struct("=5I8x")
+NODUMP_FLAG, NODUMP = 0x40, 0x80
+FILE_SETATTR = 469
+PIECE = 1 << 20
+
+
+@attack
+def set_flags(path: str, upper_half: str = "0") -> str:
+    """FS_IOC_SETFLAGS. The kernel looks at the lower half of the command alone."""
+    file = os.open(path, os.O_RDONLY)
+    (flags,) = struct.unpack("l", fcntl.ioctl(file, GET_FLAGS, bytes(8)))
+    buffer = ctypes.create_string_buffer(struct.pack("l", flags | NODUMP_FLAG))
+    syscall(16, file, SET_FLAGS | int(upper_half) << 32, ctypes.addressof(buffer))
+    return "nodump"
+
+
+@attack
+def set_attributes(path: str) -> str:
+    """FS_IOC_FSSETXATTR."""
+    file = os.open(path, os.O_RDONLY)
+    flags, *rest = ATTRIBUTES.unpack(fcntl.ioctl(file, GET_ATTRIBUTES, bytes(ATTRIBUTES.size)))
+    fcntl.ioctl(file, SET_ATTRIBUTES, ATTRIBUTES.pack(flags | NODUMP, *rest))
+    return "nodump"
+
+
+@attack
+def file_setattr(path: str) -> str:
+    """file_setattr(2), Linux 6.17: flags, an extent's size, a count, the project, another size."""
+    syscall(FILE_SETATTR, -100, path.encode(), struct.pack("=Q4I", NODUMP, 0, 0, 0, 0), 24, 0)
+    return "nodump"
+
+
+@attack
+def leave_project(path: str, mib: str) -> str:
+    """Out of the project and of what is inherited from it; then more than it may have."""
+    file = os.open(path, os.O_RDONLY)
+    flags, extent, count, project, cow = ATTRIBUTES.unpack(fcntl.ioctl(file, GET_ATTRIBUTES, bytes(ATTRIBUTES.size)))
+    if not project:
+        raise Contained("it has none")
+    fcntl.ioctl(file, SET_ATTRIBUTES, ATTRIBUTES.pack(flags & ~0x200, extent, count, 0, cow))
+    with open(f"{path}/bomb", "wb", buffering=0) as bomb:
+        written = sum(bomb.write(b"\1" * PIECE) for _ in range(int(mib)))
+    return f"{written // PIECE} MiB"

@@ -257,6 +257,8 @@ class CgroupV1Host:
 
     def _set_memory(self, directory: Path, size: int, outcome: Outcome) -> None:
         set_and_check(f"{directory}/memory.limit_in_bytes", str(size), kernfs.same_pages(size))
+        # What TCP and UDP hold in the kernel is on an account of its own, and on none before it has a limit (cgroup-v1/memory.rst).
+        write_if_there(f"{directory}/memory.kmem.tcp.limit_in_bytes", str(size))
         if "memory.memsw.limit_in_bytes" in self._files:  # memory and swap together, so the same limit leaves no swap
             set_and_check(f"{directory}/memory.memsw.limit_in_bytes", str(size), kernfs.same_pages(size))
             return

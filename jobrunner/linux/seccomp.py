@@ -50,6 +50,8 @@ PERSONALITIES = {0x00, 0x08}
 PERSONALITY_ASK_BIT = 0x80000000
 LAXER = (0x00100000, 0x00400000)
 """MMAP_PAGE_ZERO, READ_IMPLIES_EXEC."""
+HUGE_PAGES = {"mmap": (3, 0x40000), "memfd_create": (1, 0x4), "shmget": (2, 0o4000)}
+"""MAP_HUGETLB, MFD_HUGETLB, SHM_HUGETLB, each with the place of its argument: no memory limit counts the host's huge pages."""
 WORD = 0xFFFFFFFF
 """The kernel looks at the lower half of an argument that is an int; the upper half must not hide it."""
 
@@ -80,7 +82,13 @@ def _add_rules(rules: Any, library: Any) -> None:
         rules.add_rule(denied, call)
     # glibc and musl fall back to clone, whose flags can be looked at; those of clone3 are behind a pointer.
     rules.add_rule(library.ERRNO(errno.ENOSYS), "clone3")
-    flags = 1 if platform.machine() == "s390x" else 0
+    # One table for the whole host, fs.aio-max-nr, without a share for anybody: who uses libaio falls back where a kernel has none.
+    rules.add_rule(library.ERRNO(errno.ENOSYS), "io_setup")
+    old = platform.machine() == "s390x"  # its clone(2) has the flags second, its mmap(2) has them behind a pointer
+    for call, (index, flag) in HUGE_PAGES.items():
+        if call != "mmap" or not old:
+            rules.add_rule(library.ERRNO(errno.ENOMEM), call, arg(index, masked, flag, flag))
+    flags = 1 if old else 0
     rules.add_rule(denied, "clone", arg(flags, masked, CLONE_NEWUSER, CLONE_NEWUSER))
     rules.add_rule(denied, "unshare", arg(0, masked, CLONE_NEWUSER, CLONE_NEWUSER))
     for command in (*TERMINAL_INPUT.values(), *FILE_ATTRIBUTES.values()):

@@ -67,7 +67,9 @@ static int bind_device(int dev, const char *path, struct report *why)
 int mount_dev(int root, const struct plan *plan, struct report *why)
 {
 	const struct mount_option small[] = {{"mode", "0755"}, {"size", "64k"}, {"nr_inodes", "64"}, {NULL, NULL}};
-	const struct mount_option terminals[] = {{"newinstance", NULL}, {"ptmxmode", "0666"}, {"mode", "0620"}, {NULL, NULL}};
+	/* The kernel has some thousands for all: pty(7), /proc/sys/kernel/pty/max. */
+	const struct mount_option terminals[] = {{"newinstance", NULL}, {"ptmxmode", "0666"}, {"mode", "0620"}, {"max", "128"},
+						 {NULL, NULL}};
 	int target = make_directory(root, "/dev"), dev = mount_new("tmpfs", small, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC);
 	if (target < 0 || dev < 0 || mount_put(dev, target) != 0)
 		return fail(why, "dev", errno, "/dev");

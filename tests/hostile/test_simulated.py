@@ -19,8 +19,8 @@ pytestmark = [
 ]
 
 BY_ARGUMENT = {"clone with all flags", "unshare with all flags"}
-ALLOW, EPERM, EAFNOSUPPORT = "ALLOW", f"ERRNO({errno.EPERM})", f"ERRNO({errno.EAFNOSUPPORT})"
-CLONE, UNSHARE, SOCKET, IOCTL, PERSONALITY = 56, 272, 41, 16, 135
+ALLOW, EPERM, EAFNOSUPPORT, ENOMEM = "ALLOW", *(f"ERRNO({number})" for number in (errno.EPERM, errno.EAFNOSUPPORT, errno.ENOMEM))
+CLONE, UNSHARE, SOCKET, IOCTL, PERSONALITY, PRLIMIT64 = 56, 272, 41, 16, 135, 302
 NEWUSER, SIGCHLD, UPPER = 0x10000000, 17, 1 << 32
 ARGUMENTS = [
     ((CLONE, SIGCHLD), ALLOW),
@@ -37,11 +37,22 @@ ARGUMENTS = [
     ((IOCTL, 0, 0x5412), EPERM),
     ((IOCTL, 0, UPPER | 0x5412), EPERM),
     ((IOCTL, 0, 0x541C), EPERM),
+    ((IOCTL, 0, 0x401C5820), EPERM),
+    ((PRLIMIT64, 0, 7), ALLOW),
+    ((PRLIMIT64, 1, 7), EPERM),
+    ((PRLIMIT64, UPPER | 1, 7), EPERM),
     ((PERSONALITY, 0), ALLOW),
     ((PERSONALITY, 0xFFFFFFFF), ALLOW),
     ((PERSONALITY, 0x0040000), ALLOW),
     ((PERSONALITY, 0x0400000), EPERM),
     ((PERSONALITY, 6), EPERM),
+    ((9, 0, 4096, 3, 0x22), ALLOW),
+    ((9, 0, 4096, 3, 0x22 | 0x40000), ENOMEM),
+    ((9, 0, 4096, 3, 0x22 | 0x40000 | 30 << 26), ENOMEM),
+    ((319, 0, 1), ALLOW),
+    ((319, 0, 1 | 4), ENOMEM),
+    ((29, 0, 4096, 0o1600), ALLOW),
+    ((29, 0, 4096, 0o1600 | 0o4000), ENOMEM),
 ]
 
 

@@ -43,7 +43,7 @@ class Stack:
 
     def __init__(self) -> None:
         self.image = os.environ["JOBRUNNER_IMAGE"]
-        self._docker = os.environ["JOBRUNNER_TEST_DOCKER"]
+        self.docker_command = os.environ["JOBRUNNER_TEST_DOCKER"]
         self._compose = [*shlex.split(os.environ["JOBRUNNER_TEST_COMPOSE"]), "--file", str(ROOT / "docker-compose.yml")]
         self.address = free_address()
         self._env = {**os.environ, "JOBRUNNER_PUBLISH": self.address, "PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -54,11 +54,11 @@ class Stack:
 
     def docker(self, *args: str, check: bool = True) -> Done:
         """`docker`."""
-        return run([self._docker, *args], check=check)
+        return run([self.docker_command, *args], check=check)
 
     def wait_until_it_listens(self, container: str) -> None:
         """Until the server in a container that was started says so: sooner than its health check would."""
-        follow = [self._docker, "logs", "--follow", "--since", self.inspect(container)["State"]["StartedAt"], container]
+        follow = [self.docker_command, "logs", "--follow", "--since", self.inspect(container)["State"]["StartedAt"], container]
         with subprocess.Popen(follow, stderr=subprocess.PIPE, text=True) as logs:
             assert logs.stderr is not None
             said = []
@@ -92,7 +92,11 @@ class Stack:
         section = (ROOT / "docs/container.md").read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
         script = "".join(re.findall(r"^```sh\n(.*?)^```$", section, re.DOTALL | re.MULTILINE))
         assert script, title
-        for text, other in {**changes, "docker compose": shlex.join(self._compose), "docker run": f"{self._docker} run"}.items():
+        for text, other in {
+            **changes,
+            "docker compose": shlex.join(self._compose),
+            "docker run": f"{self.docker_command} run",
+        }.items():
             script = script.replace(text, other)
         script = re.sub(r"(?<= )jobrunner$", self.image, script, flags=re.MULTILINE)
         return run(["bash", "-euo", "pipefail", "-c", script], self._env, cwd)

@@ -192,7 +192,7 @@ async def test_the_servers_tls_key_is_out_of_reach(arena: Arena, tmp_path: Path)
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def same_uid(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Arena]:
     """One uid besides the bystander's: each job has that of the one before it."""
-    async with open_arena(tmp_path_factory.mktemp("same-uid"), job_uids=(0x7000FF00, 2)) as arena:
+    async with open_arena(tmp_path_factory.mktemp("same-uid"), job_uids=(0x7000FF00, 3)) as arena:
         yield arena
 
 

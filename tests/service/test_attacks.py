@@ -15,7 +15,7 @@ import pytest
 from hpack import Encoder
 
 from jobrunner.output import Chunk
-from tests.support.attack import FACTOR, LIMITS, attacked, tls_peer, waves
+from tests.support.attack import FACTOR, LIMITS, Innocent, attacked, tls_peer, waves
 from tests.support.daemon import ServerProcess, server_process
 from tests.support.http2 import HEADERS, RawPeer, framed
 from tests.support.protobuf import official
@@ -35,6 +35,13 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     # It ends with the tests, however these end.
     with server_process(tmp_path_factory.mktemp("attacked"), before=("setpriv", "--pdeathsig", "TERM")) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def innocent(target: ServerProcess) -> Iterator[Innocent]:
+    client = Innocent(target)
+    yield client
+    client.close()
 
 
 def frame(kind: int, payload: bytes, *, flags: int = 0, stream: int = 0) -> bytes:
@@ -63,7 +70,7 @@ async def pour(peer: RawPeer, data: bytes, times: int, *, read: bool = True) -> 
         await asyncio.wait([reading])
 
 
-async def test_bare_connections(target: ServerProcess) -> None:
+async def test_bare_connections(target: ServerProcess, innocent: Innocent) -> None:
     host, _, port = target.address.rpartition(":")
 
     async def connect(number: int) -> None:
@@ -72,12 +79,12 @@ async def test_bare_connections(target: ServerProcess) -> None:
             await anyio.sleep(0.05)
             writer.transport.abort()
 
-    async with attacked(target) as figures:
+    async with attacked(target, innocent) as figures:
         await waves(2000 * FACTOR, 300, connect)
     assert figures.grown < 2 * ALLOWANCE  # 256 handshakes that are begun
 
 
-async def test_handshakes_that_stall(target: ServerProcess) -> None:
+async def test_handshakes_that_stall(target: ServerProcess, innocent: Innocent) -> None:
     host, _, port = target.address.rpartition(":")
 
     async def stall(number: int) -> None:
@@ -87,12 +94,12 @@ async def test_handshakes_that_stall(target: ServerProcess) -> None:
             await anyio.sleep(0.5)
             writer.transport.abort()
 
-    async with attacked(target) as figures:
+    async with attacked(target, innocent) as figures:
         await waves(400 * FACTOR, 200, stall)
     assert figures.grown < ALLOWANCE
 
 
-async def test_handshakes_of_strangers(target: ServerProcess) -> None:
+async def test_handshakes_of_strangers(target: ServerProcess, innocent: Innocent) -> None:
     """Whole ones: the server's arithmetic, for a certificate that it then refuses."""
     files = target.files("stranger")
     context = ssl.create_default_context(cafile=files["ca"])
@@ -106,12 +113,12 @@ async def test_handshakes_of_strangers(target: ServerProcess) -> None:
                 await reader.read()
             writer.transport.abort()
 
-    async with attacked(target) as figures:
+    async with attacked(target, innocent) as figures:
         await waves(200 * FACTOR, 100, shake)
     assert figures.grown < ALLOWANCE
 
 
-async def test_headers_that_come_slowly(target: ServerProcess) -> None:
+async def test_headers_that_come_slowly(target: ServerProcess, innocent: Innocent) -> None:
     async def dribble(_: int) -> None:
         async with tls_peer(target) as peer:
             peer.writer.write(frame(1, b"", stream=1))
@@ -119,13 +126,13 @@ async def test_headers_that_come_slowly(target: ServerProcess) -> None:
                 peer.writer.write(frame(9, b"\0", stream=1))
                 await anyio.sleep(0.05)
 
-    async with attacked(target) as figures:
+    async with attacked(target, innocent) as figures:
         await waves(50 * FACTOR, 50, dribble)
     assert figures.grown < ALLOWANCE
 
 
-async def test_a_message_of_200_mib(target: ServerProcess) -> None:
-    async with attacked(target) as figures:
+async def test_a_message_of_200_mib(target: ServerProcess, innocent: Innocent) -> None:
+    async with attacked(target, innocent) as figures:
         async with tls_peer(target) as peer:
             await peer.request(START, b"\0" + struct.pack("!I", 200 * MIB), end=False)
             await pour(peer, frame(0, bytes(16384), stream=1), 1280 * FACTOR)
@@ -172,19 +179,19 @@ FLOODS = {
 
 @pytest.mark.parametrize("name", FLOODS)
 @pytest.mark.parametrize("read", [True, False], ids=["reading", "not reading"])
-async def test_floods_of_frames(target: ServerProcess, name: str, read: bool) -> None:
+async def test_floods_of_frames(target: ServerProcess, innocent: Innocent, name: str, read: bool) -> None:
     data, times = FLOODS[name]
 
     async def flood(_: int) -> None:
         async with tls_peer(target) as peer:
             await pour(peer, data, times, read=read)
 
-    async with attacked(target) as figures:
+    async with attacked(target, innocent) as figures:
         await waves(5 * FACTOR, 5, flood)
     assert figures.grown < ALLOWANCE
 
 
-async def test_calls_that_are_reset_at_once(target: ServerProcess) -> None:
+async def test_calls_that_are_reset_at_once(target: ServerProcess, innocent: Innocent) -> None:
     block = Encoder().encode([(":path", QUERY), *HEADERS])
     # The block repeats as it is: its second use is of the table that the first one filled, and means the same.
     again = Encoder().encode([(":path", QUERY), *HEADERS], huffman=False)
@@ -197,12 +204,12 @@ async def test_calls_that_are_reset_at_once(target: ServerProcess) -> None:
             )
             await pour(peer, data, 1)
 
-    async with attacked(target) as figures:
+    async with attacked(target, innocent) as figures:
         await waves(5 * FACTOR, 5, reset)
     assert figures.grown < ALLOWANCE
 
 
-async def test_answers_that_are_never_read(target: ServerProcess) -> None:
+async def test_answers_that_are_never_read(target: ServerProcess, innocent: Innocent) -> None:
     async with target.client() as admin:
         job = await admin.start("yes", limits=LIMITS)
         request = official()["jobrunner.v1.JobSubscriptionRequest"](job_id=job.job_id).SerializeToString()
@@ -215,13 +222,13 @@ async def test_answers_that_are_never_read(target: ServerProcess) -> None:
                 peer.pause()
                 await anyio.sleep(1)
 
-        async with attacked(target) as figures:
+        async with attacked(target, innocent) as figures:
             await waves(5 * FACTOR, 5, subscribe)
         await job.stop(grace=0)
     assert figures.grown < 2 * ALLOWANCE * max(1, FACTOR // 2)  # 500 streams that are there
 
 
-async def test_garbage_for_messages(target: ServerProcess) -> None:
+async def test_garbage_for_messages(target: ServerProcess, innocent: Innocent) -> None:
     chance = random.Random(9113)
 
     async def send(_: int) -> None:
@@ -231,13 +238,13 @@ async def test_garbage_for_messages(target: ServerProcess) -> None:
                 told = await peer.status(await peer.request(chance.choice([QUERY, START]), framed(data)))
                 assert told[0] in ("3", "5", "8", "12")
 
-    async with attacked(target) as figures:
+    async with attacked(target, innocent) as figures:
         await waves(5 * FACTOR, 5, send)
     assert figures.grown < ALLOWANCE
 
 
-async def test_errors_that_are_all_different_fill_no_table_of_headers(target: ServerProcess) -> None:
-    async with attacked(target) as figures, tls_peer(target) as peer:
+async def test_errors_that_are_all_different_fill_no_table_of_headers(target: ServerProcess, innocent: Innocent) -> None:
+    async with attacked(target, innocent) as figures, tls_peer(target) as peer:
         peer.h2.update_settings({1: (1 << 32) - 1})  # HEADER_TABLE_SIZE
         for number in range(300 * FACTOR):
             request = official()["jobrunner.v1.JobQueryRequest"](job_id=f"{number}" * 50).SerializeToString()
@@ -245,7 +252,7 @@ async def test_errors_that_are_all_different_fill_no_table_of_headers(target: Se
     assert figures.grown < ALLOWANCE
 
 
-async def test_five_hundred_followers_all_have_every_byte(target: ServerProcess) -> None:
+async def test_five_hundred_followers_all_have_every_byte(target: ServerProcess, innocent: Innocent) -> None:
     told, lines = [], 20_000 * FACTOR
     async with target.client() as admin:
         job = await admin.start("/bin/sh", "-c", f"sleep 2; seq {lines}", limits=LIMITS)
@@ -259,7 +266,7 @@ async def test_five_hundred_followers_all_have_every_byte(target: ServerProcess)
             async with own.get(job.job_id).log() as output:  # type: ignore[attr-defined]
                 told.append(zlib.crc32(b"".join([part.data async for part in output if isinstance(part, Chunk)])))
 
-        async with attacked(target) as figures:
+        async with attacked(target, innocent) as figures:
             await waves(5, 5, follow)
     assert len(told) == 500
     assert set(told) == {zlib.crc32(b"".join(b"%d\n" % number for number in range(1, lines + 1)))}

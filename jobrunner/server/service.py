@@ -6,7 +6,6 @@ and `RunnerJob.stop` see to that).
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from jobrunner.server.auth import current_identity
 from jobrunner.server.limits import Counted, Lanes
 from jobrunner.server.listing import page
 from jobrunner.server.metrics import Metrics
+from jobrunner.server.turns import Gate
 from jobrunner.wire import messages as pb
 from jobrunner.wire.convert import (
     info_to_wire,
@@ -40,6 +40,8 @@ PACKAGED = "/jobrunner.v1.JobService/"
 ORIGINAL = "/JobService/"
 LANES = 2
 """Lists, and searches of a log for its last lines or for a time, that are made for one user at once."""
+SENDS = 8
+"""Parts of output that are sent to the followers of one user in a turn of the event loop: some milliseconds."""
 ORIGINAL_CALLS = ("Start", "Stop", "QueryStatus", "SubscribeOutput")
 
 
@@ -56,6 +58,7 @@ class JobService(pb.JobServiceBase):
         self._metrics = metrics
         self._followers = Counted("max_followers_per_job", max_followers_per_job)
         self._lists, self._searches = Lanes(LANES), Lanes(LANES)
+        self._sends = Gate(SENDS)
 
     def __mapping__(self) -> dict[str, Handler]:
         mapping: dict[str, Handler] = super().__mapping__()
@@ -162,12 +165,14 @@ class JobService(pb.JobServiceBase):
                 async with self._searches.one(current_identity().user):
                     begin = await reader.locate()
                 await stream.send_message(encode_output(begin))
+            user = current_identity().user
             async for part in reader:
+                # A send does not yield while the peer's window is open: fast readers would hold up every other call.
+                await self._sends.turn(user)
                 await stream.send_message(encode_output(part))
                 self._count(part)
-                # A send does not yield while the peer's window is open: one fast reader would hold up every other call.
-                await asyncio.sleep(0)
             if reader.end is not None:
+                await self._sends.turn(user)
                 await stream.send_message(encode_output(reader.end))
 
     def _count(self, part: Chunk | Gap) -> None:

@@ -1,16 +1,17 @@
-"""Whose turn it is: of what peers send, one piece of each of them is handled in a turn of the event loop.
+"""Whose turn it is: how much is done for each name in one turn of the event loop, before others are heard.
 
-Without this, a peer that sends thousands of small frames, or a few hundred connections of one user that each send some, would be
-handled before anyone else is heard. Who sends little is handled at once; who sends much waits for nobody but himself.
+Without `Turns`, a peer that sends thousands of small frames, or a few hundred connections of one user that each send some, would be
+handled before anyone else. Without `Gate`, a few hundred followers of a job would each be sent something in every turn of the loop,
+and a call takes several of these. Who wants little does not wait; who wants much waits for nobody but himself.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
-__all__ = ["Turns"]
+__all__ = ["Gate", "Turns"]
 
 
 class Turns:
@@ -44,4 +45,41 @@ class Turns:
                 context = {"message": f"error in the turn of {name!r}", "exception": exc}
                 asyncio.get_running_loop().call_exception_handler(context)
         if self._waiting:
+            asyncio.get_running_loop().call_soon(self._next)
+
+
+class Gate:
+    """Lets so many of each name pass in a turn of the loop; the others wait, in their order."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._passed: Counter[str] = Counter()
+        """In this turn."""
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Gate {self._most} { ({name: len(queue) for name, queue in self._waiting.items()}) }>"
+
+    async def turn(self, name: str) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._passed and not self._waiting:
+            loop.call_soon(self._next)
+        if name not in self._waiting and self._passed[name] < self._most:
+            self._passed[name] += 1
+            return
+        place: asyncio.Future[None] = loop.create_future()
+        self._waiting.setdefault(name, deque()).append(place)
+        await place
+
+    def _next(self) -> None:
+        self._passed.clear()
+        for name, queue in list(self._waiting.items()):
+            while queue and self._passed[name] < self._most:
+                place = queue.popleft()
+                if not place.done():  # cancelled
+                    place.set_result(None)
+                    self._passed[name] += 1
+            if not queue:
+                del self._waiting[name]
+        if self._passed:
             asyncio.get_running_loop().call_soon(self._next)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobrunner.server.frames import PIECE, PREFACE, FrameMeter
-from jobrunner.server.turns import Turns
+from jobrunner.server.turns import Gate, Turns
 from tests.support.http2 import framed, raw_peer
 from tests.support.server import eventually, serving
 
@@ -45,6 +45,25 @@ async def test_an_error_of_one_is_not_the_others() -> None:
     turns.take("good", lambda: done.append(1))
     await eventually(lambda: repr(turns) == "<Turns {}>")
     assert (done, told) == ([1], ["error in the turn of 'bad'"])
+
+
+async def test_a_gate_lets_so_many_of_each_name_pass_in_a_turn() -> None:
+    gate, passed = Gate(2), []
+
+    async def go(name: str, number: int) -> None:
+        await gate.turn(name)
+        passed.append(f"{name}{number}")
+
+    tasks = [asyncio.create_task(go("a", number)) for number in range(6)] + [asyncio.create_task(go("b", 0))]
+    await asyncio.sleep(0)
+    assert passed == ["a0", "a1", "b0"]
+    tasks[2].cancel()
+    await eventually(lambda: len(passed) == 6)
+    assert passed[3:] == ["a3", "a4", "a5"]
+    await eventually(lambda: repr(gate) == "<Gate 2 {}>")
+    await go("a", 7)
+    assert passed[-1] == "a7"
+    await asyncio.wait(tasks)
 
 
 def frame(kind: int, length: int) -> bytes:

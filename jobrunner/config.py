@@ -62,6 +62,8 @@ class RunnerConfig:
     ceilings: Limits = NO_LIMITS
     grace: float = 10.0
     """Seconds between the stop signal and the kill, for jobs that do not say."""
+    start_timeout: float = 60.0
+    """Seconds within which a job's command has to be executed: past that a file system that it needs is taken for dead."""
     max_running: int = 1000
     keep_jobs: int | None = 20_000
     """Ended jobs that are kept, with their output; past that the one that ended first is removed. None for any number."""
@@ -75,7 +77,7 @@ class RunnerConfig:
     on_write_error: str = "continue"
     """What becomes of a job whose output cannot be written: `continue` counts what is lost and tells it, `stop` ends the job."""
     offers: Offers = NO_OFFERS
-    """Root file systems and volumes that a job may ask for."""
+    """Root file systems, volumes and users that a job may ask for."""
     workspaces: bool = False
     """Whether a job may ask for a directory that is kept for its user's next one."""
     workspace_size: int | None = None
@@ -102,6 +104,10 @@ class RunnerConfig:
         if self.job_uids == (0, 0):
             object.__setattr__(self, "job_uids", range_of(self.state_dir))
         self.offers.check(self.state_dir.absolute(), self.show)
+        first, count = self.job_uids
+        for name, user in self.offers.users.items():
+            if any(first <= number < first + count for number in user.id):
+                raise ConfigError("users", f"{name}: {user.id} is in job_uids, {first}:{count}, whose uids are of one job each")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +172,7 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "node": checked.text,
     "cgroup_parent": checked.text,
     "grace": checked.between(checked.seconds, 0, 86400),
+    "start_timeout": checked.between(checked.seconds, 1, 3600),
     "max_running": checked.between(checked.whole, 1, 1_000_000),
     "keep_jobs": checked.or_none(checked.between(checked.whole, 0, 1_000_000)),
     "keep_age": checked.or_none(checked.between(checked.seconds, 0, 10 * 365 * 86400)),

@@ -161,10 +161,13 @@ class JobInfo:
     network: str = ""
     """`none` or `host`; empty from a server that does not tell."""
     root: str = ""
+    writable: bool = False
     volumes: tuple[str, ...] = ()
     workspace: str = ""
     work: str = ""
     """Where /work is: `disk`, bounded there if `limits.work_size` is set, or `memory`; empty from a server that does not tell."""
+    runs_as: str = ""
+    """The user of the configuration that it asked to be; empty: one that no other job is."""
     limits: Limits = field(default_factory=Limits)
     missing: tuple[str, ...] = ()
     """What the host lacks and the configuration allows to be missing, or cannot do in full; one sentence each."""
@@ -240,9 +243,11 @@ class Job:
             signal=ending.signal if ending else None,
             network=self.spec.network or "none",
             root=self.spec.root,
+            writable=self.spec.writable,
             volumes=self.spec.volumes,
             workspace=self.spec.workspace,
             work=self.work,
+            runs_as=self.spec.user,
             limits=self.limits,
             missing=self.missing,
             usage=ending.usage if ending else usage,

@@ -1,10 +1,13 @@
-"""What the configuration offers to jobs by name, root file systems and volumes, and how its tables are read.
+"""What the configuration offers to jobs by name, root file systems, volumes and users, and how its tables are read.
 
     [roots]                                         # --root alpine
     alpine = "/srv/roots/alpine"
     [volumes]                                       # --volume cache, --volume sources:ro
     sources = {path = "/srv/sources", read_only = true}
     cache = {path = "/srv/cache", owner = "ci:ci"}
+    [users]                                         # --user ci
+    ci = "ci"
+    release = {id = "1501:1500", for = ["alice"]}
 
 Paths are not looked at here: a directory may be mounted later than the server starts. That a volume's leads through no symbolic
 link is seen to when a job starts (shim/volume.c), so what is said here of paths holds of the directories.
@@ -23,12 +26,14 @@ from typing import NamedTuple, TypeVar
 from jobrunner.errors import ConfigError
 from jobrunner.spec import is_name
 
-__all__ = ["TABLES", "Offers", "Owner", "Volume"]
+__all__ = ["TABLES", "Offers", "Owner", "User", "Volume"]
 
 T = TypeVar("T")
 MAX_ID = (1 << 32) - 2
 """All ones means no id: chown(2)."""
 KEEP = "keep"
+MAX_USER = 32
+"""Longest name of a user: useradd(8)."""
 
 
 class Owner(NamedTuple):
@@ -53,12 +58,22 @@ class Volume:
     """Files keep their owners: to the job they are a stranger's. For file systems that cannot map ids."""
 
 
+@dataclass(frozen=True, slots=True)
+class User:
+    """A user that jobs may ask to be, instead of one that no other job is."""
+
+    id: Owner
+    callers: tuple[str, ...] | None = None
+    """Who may ask for it: CNs of clients' certificates. None: everyone who may start jobs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offers:
     """All that the configuration offers by name."""
 
     roots: Mapping[str, Path] = field(default_factory=dict)
     volumes: Mapping[str, Volume] = field(default_factory=dict)
+    users: Mapping[str, User] = field(default_factory=dict)
 
     def check(self, state_dir: Path, show: Iterable[str]) -> None:
         """Raise ConfigError for what jobs could take away from under others.
@@ -99,6 +114,23 @@ def _volume(value: object) -> Volume:
     return Volume(_directory(value["path"], "path: "), read_only, owner, kept)
 
 
+def _user(value: object) -> User:
+    if isinstance(value, str):
+        value = {"id": value}
+    if not isinstance(value, dict):
+        raise ValueError("is neither UID:GID nor a table with id, for")
+    if unknown := set(value) - {"id", "for"}:
+        raise ValueError(f"{sorted(unknown)[0]}: is not known")
+    if "id" not in value:
+        raise ValueError("id: is not set")
+    found, callers = _owner(value["id"]), value.get("for")
+    if 0 in found:
+        raise ValueError(f"id: {found} is root, and no job is")
+    if callers is not None and not (isinstance(callers, list) and all(isinstance(name, str) for name in callers)):
+        raise ValueError(f"for: {callers!r} is not a list of users")
+    return User(found, None if callers is None else tuple(callers))
+
+
 def _directory(value: object, where: str = "") -> Path:
     if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
         raise ValueError(f"{where}{value!r} is not an absolute path")
@@ -137,7 +169,7 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 10
 
 
-def _table(read: Callable[[object], T]) -> Callable[[object], dict[str, T]]:
+def _table(read: Callable[[object], T], longest: int = 128) -> Callable[[object], dict[str, T]]:
     """The reader of a table of names. Raises ValueError that begins with the name."""
 
     def table(value: object) -> dict[str, T]:
@@ -147,6 +179,8 @@ def _table(read: Callable[[object], T]) -> Callable[[object], dict[str, T]]:
         for name, one in value.items():
             if not is_name(name):
                 raise ValueError(f"{name!r} is no name of A-Z a-z 0-9 _ . - from a letter or digit on")
+            if len(name) > longest:
+                raise ValueError(f"{name!r} is longer than {longest}")
             try:
                 found[name] = read(one)
             except ValueError as exc:
@@ -159,5 +193,6 @@ def _table(read: Callable[[object], T]) -> Callable[[object], dict[str, T]]:
 TABLES: Mapping[str, Callable[[object], Mapping[str, object]]] = {
     "roots": _table(_directory),
     "volumes": _table(_volume),
+    "users": _table(_user, MAX_USER),
 }
 """The tables of the configuration file, by the names of `Offers`' fields."""

@@ -1,4 +1,4 @@
-"""What a job gets of the host: its root and its volumes, by name, and the size and kind of its own directory.
+"""What a job gets of the host: its root, its volumes and its user, by name, and the size and kind of its own directory.
 
 check       may it have them: by the configuration alone, when the request comes
 work_kind   where its own directory is: on disk, bounded by a project quota if it has a size, or in memory
@@ -13,6 +13,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import replace
 
+import anyio
 import anyio.to_thread
 
 from jobrunner.config import RunnerConfig
@@ -31,15 +32,21 @@ __all__ = ["DISK", "MEMORY", "check", "defaults", "mounts", "remedy", "root_of",
 
 VOLUMES = "/volumes"
 DISK, MEMORY = "disk", "memory"
-LINK = ": it is, or is below, a symbolic link; [volumes] has to name where that leads"
 
 
-def check(spec: JobSpec, config: RunnerConfig) -> None:
-    """Raise InvalidRequest for what the configuration does not offer; it says what there is."""
+def check(spec: JobSpec, caller: str, config: RunnerConfig) -> None:
+    """Raise InvalidRequest for what the configuration does not offer, or not to this caller; it says what there is."""
     if spec.workspace and not config.workspaces:
         raise InvalidRequest("workspace", "this server keeps none (workspaces = true in its configuration would)")
     if spec.root:
         _offered("root", spec.root, config.offers.roots)
+    if spec.user:
+        if not is_root():
+            raise InvalidRequest("user", "this server is not root: its jobs are its own user")
+        mine = {name: user for name, user in config.offers.users.items() if user.callers is None or caller in user.callers}
+        if spec.user in config.offers.users and spec.user not in mine:
+            raise InvalidRequest("user", f"{spec.user!r} is not for {caller!r}, by this server's configuration")
+        _offered("user", spec.user, mine)
     for text in spec.volumes:
         name, read_only = _split(text)
         _offered("volumes", name, config.offers.volumes)
@@ -69,8 +76,12 @@ async def mounts(record: JobRecord, config: RunnerConfig, state: StateDir, works
     """The job's volumes and its workspace, and its own directory bounded. Raises StartFailed, LimitReached."""
     if not record.spec.volumes and not record.spec.workspace and not _is_bounded(record):
         return []
-    # A directory may be away for long, and quotas are on disk, so not on the loop.
-    return await anyio.to_thread.run_sync(_mounts, record, config, state, workspaces)
+    # A directory may be away for long, or for ever: its thread is left to itself then. And quotas are on disk.
+    try:
+        with anyio.fail_after(config.start_timeout):
+            return await anyio.to_thread.run_sync(_mounts, record, config, state, workspaces, abandon_on_cancel=True)
+    except TimeoutError as exc:
+        raise StartFailed(record.spec.command, "volume", errno.ETIMEDOUT, " ".join(record.spec.volumes)) from exc
 
 
 def _is_bounded(record: JobRecord) -> bool:
@@ -99,13 +110,26 @@ def _as_user(mount: VolumeMount, spec: JobSpec) -> VolumeMount:
     raise StartFailed(spec.command, "volume", 0, f'{why}; give it to that user, ask for {name}:ro, or set owner = "keep"')
 
 
+MAPPED = 'its file system cannot map ids (Linux 5.12; not NFS); owner = "keep" in [volumes] leaves the owners as they are'
+LINK = "it is, or is below, a symbolic link; [volumes] has to name where that leads"
+LOWER = "its file system cannot be below an overlay, or is the second one already; start it without --writable"
+NO_OVERLAY = "this kernel has no overlay file system: modprobe overlay, or start it without --writable"
+LAYERS = "the directories of the root, and its /etc, do not fit into tmp_size; start it with a higher one"
+HANGS = "a file system of its root or its volumes does not answer, or its CPU limit is too small to be born under"
+REMEDIES = {
+    ("idmap", errno.EINVAL): MAPPED,
+    ("volume", errno.ELOOP): LINK,
+    ("overlay", errno.EINVAL): LOWER,
+    ("overlay", errno.ENODEV): NO_OVERLAY,
+    ("overlay", errno.ENOSPC): LAYERS,
+    ("init", errno.ETIMEDOUT): HANGS,
+}
+"""By step and errno."""
+
+
 def remedy(report: Report) -> str:
     """What to say besides the kernel's reason for a start that failed."""
-    if report.step == "idmap" and report.errno == errno.EINVAL:
-        return ': its file system cannot map ids (Linux 5.12; not NFS); owner = "keep" in [volumes] leaves the owners as they are'
-    if report.step == "volume" and report.errno == errno.ELOOP:
-        return LINK
-    return ""
+    return REMEDIES.get((report.step, report.errno), "")
 
 
 def _mount(spec: JobSpec, volume: Volume, name: str, read_only: bool) -> VolumeMount:

@@ -35,7 +35,8 @@ class JobRecord:
     cgroup: Mapping[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     uid: int = 0
-    """The job's, and its gid; 0 in what a server wrote that ran jobs as root."""
+    """The job's; 0 in what a server wrote that ran jobs as root."""
+    gid: int = 0
     work: str = "disk"
     """Where its /work is: `disk` or `memory`."""
 
@@ -65,6 +66,7 @@ def pack_record(record: JobRecord) -> bytes:
         "cgroup": dict(record.cgroup),
         "missing": list(record.missing),
         "uid": record.uid,
+        "gid": record.gid,
         "work": record.work,
     }
     return json.dumps(raw).encode()
@@ -104,6 +106,7 @@ def _from_json(raw: dict[str, Any]) -> JobRecord:
         cgroup=raw["cgroup"],
         missing=tuple(raw["missing"]),
         uid=int(raw.get("uid", 0)),
+        gid=int(raw.get("gid", raw.get("uid", 0))),
         work=raw.get("work") or ("memory" if raw["limits"].get("work_size") else "disk"),
     )
 

@@ -58,7 +58,7 @@ __all__ = ["JobRunner", "RunnerJob"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-NOT_BUILT = ("writable", "user", "stdin")
+NOT_BUILT = ("stdin",)
 REACH_AGAIN = 1.0
 """Seconds between attempts to reach a shim that could not be reached for want of file descriptors, say."""
 FINISH_TIMEOUT = 5.0
@@ -205,7 +205,7 @@ class JobRunner:
                 raise InvalidRequest(name, "this server does not offer it")
         if spec.network == "host" and not self.config.network_host:
             raise InvalidRequest("network", "this server gives jobs no network (network_host = true in its configuration would)")
-        places.check(spec, self.config)
+        places.check(spec, user, self.config)
         limits = spec.limits.over(self.defaults)
         limits.check_ceilings(self.config.ceilings)
         if self._closing:
@@ -219,7 +219,9 @@ class JobRunner:
 
     async def _start(self, spec: JobSpec, limits: Limits, user: str) -> RunnerJob:
         job_id = self._new_id()
-        uid = self.identities.take()
+        own = self.config.offers.users[spec.user].id if spec.user else None
+        uid = self.identities.take() if own is None else own.uid
+        gid = uid if own is None else own.gid
         try:
             self.workspaces.hold(spec, user, job_id)
             cgroup = self._make_cgroup(job_id, spec, limits)
@@ -229,7 +231,7 @@ class JobRunner:
             raise
         created, node = time.time(), self.config.node
         missing, work = (*cgroup.missing, *identity()), places.work_kind(limits, self.state.projects)
-        record = JobRecord(job_id, spec, limits, user, node, created, fingerprint(spec), cgroup.paths, missing, uid, work)
+        record = JobRecord(job_id, spec, limits, user, node, created, fingerprint(spec), cgroup.paths, missing, uid, gid, work)
         try:
             await anyio.to_thread.run_sync(self.state.create, record)
         except OSError as exc:

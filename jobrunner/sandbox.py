@@ -32,7 +32,7 @@ from jobrunner.workspace import TARGET
 logger = logging.getLogger(__name__)
 
 USER = "job"
-"""What every job's user is called inside."""
+"""What a job's user is called inside, if it is none of the configuration's."""
 WORK = "/work"
 """The job's own directory, as it sees it."""
 DEFAULT_ENV = {
@@ -114,7 +114,9 @@ async def launch(
     if report is None:
         raise LauncherLost(f'cannot start "{record.spec.command}": the launcher was killed')
     if not report.started:
-        raise StartFailed(record.spec.command, report.step, report.errno, report.detail + places.remedy(report))
+        raise StartFailed(
+            record.spec.command, report.step, report.errno, ": ".join(filter(None, (report.detail, places.remedy(report))))
+        )
     started = read_exit(directory / "exit")  # written just now, so it is in memory
     return started.started_ns / 1e9 if started else record.created
 
@@ -131,7 +133,7 @@ def _plan(
     return LaunchPlan(
         directory=str(directory),
         command=(spec.command, *spec.args),
-        env={**DEFAULT_ENV, **spec.env},
+        env={**DEFAULT_ENV, **({"USER": spec.user, "LOGNAME": spec.user} if spec.user else {}), **spec.env},
         cwd=spec.cwd or (TARGET if spec.workspace else WORK),
         hostname=(spec.name or record.job_id)[:HOST_NAME_MAX],
         cgroup_items=cgroup.launch_items(),
@@ -139,6 +141,7 @@ def _plan(
         merge=spec.merge,
         stop_signal=signal_number(spec.stop_signal),
         grace=config.grace if spec.grace is None else spec.grace,
+        birth=config.start_timeout,
         timeout=limits.timeout,
         idle_timeout=limits.idle_timeout,
         open_files=limits.open_files,
@@ -147,11 +150,12 @@ def _plan(
         output_policy=limits.output_policy or OutputPolicy.DROP_OLDEST,
         on_write_error=config.on_write_error,
         uid=record.uid,
-        gid=record.uid,
+        gid=record.gid,
         user_namespace=not is_root(),
-        user_name=USER,
+        user_name=spec.user or USER,
         show=() if spec.root else (*SHOW, *config.show),
         root=places.root_of(spec, config),
+        writable=spec.writable,
         volumes=volumes,
         mask=(*HIDE, *config.hide, str(config.state_dir.resolve())),
         work=str(directory / "work") if record.work == places.DISK else "",

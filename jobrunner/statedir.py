@@ -112,7 +112,7 @@ class StateDir:
         (directory / "log").mkdir(mode=0o700)
         work = directory / "work"
         work.mkdir(mode=0o700)
-        give(work, record.uid)
+        give(work, record.uid, record.gid)
         # Order: the marker comes first, on disk too, so that no directory with a job.json is ever taken for a settled job's.
         (self.running / record.job_id).touch(mode=0o600)
         _sync_directory(self.running)

@@ -86,7 +86,7 @@ class Workspaces:
             # Order: it is there with its owner or not at all, or a crash would leave one of root's.
             made = place / ".new"
             made.mkdir(mode=0o700, exist_ok=True)
-            give(made, self._owner)
+            give(made, self._owner, self._owner)
             made.rename(files)
         self._bound(record, files)
         os.utime(place)

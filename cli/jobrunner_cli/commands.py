@@ -66,6 +66,8 @@ def start_or_run(
     cwd: submit.Cwd = "",
     network: submit.Network = "none",
     root: submit.Root = "",
+    writable: submit.Writable = False,
+    user: submit.User = "",
     volume: submit.Volume = [],  # noqa: B006
     workspace: submit.Workspace = "",
     cpus: submit.Cpus = None,
@@ -115,6 +117,8 @@ def start_or_run(
         cwd=cwd,
         network=network,
         root=root,
+        writable=writable,
+        user=user,
         volumes=volume,
         workspace=workspace,
         stop_signal=stop_signal,

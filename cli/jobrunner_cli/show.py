@@ -88,6 +88,8 @@ def details(info: JobInfo) -> str:
         "stopped by": _clean(info.stopped_by),
         "network": _clean(info.network),
         "root": _clean(info.root),
+        "writable": "yes" if info.writable else "",
+        "runs as": _clean(info.runs_as),
         "volumes": " ".join(map(_clean, info.volumes)),
         "workspace": _clean(info.workspace),
         "work": _clean(info.work),

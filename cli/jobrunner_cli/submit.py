@@ -44,9 +44,11 @@ __all__ = [
     "StopSignal",
     "Timeout",
     "TmpSize",
+    "User",
     "Volume",
     "WorkSize",
     "Workspace",
+    "Writable",
     "WriteBps",
     "WriteIops",
     "count",
@@ -70,6 +72,8 @@ EnvFile = Annotated[list[str], typer.Option("--env-file", metavar="FILE", help="
 Cwd = Annotated[str, typer.Option(help="Working directory, absolute.")]
 Network = Annotated[str, typer.Option(metavar="none|host", help="The host's network, if the server allows it.")]
 Root = Annotated[str, typer.Option(metavar="NAME", help="A root file system that the server names.")]
+Writable = Annotated[bool, typer.Option("--writable", help="Let the job write to its root; what it writes vanishes with it.")]
+User = Annotated[str, typer.Option(metavar="NAME", help="A user that the server names.")]
 Volume = Annotated[list[str], typer.Option(metavar="NAME[:ro]", help="A directory that the server names; repeatable.")]
 TmpSize = Annotated[Text, typer.Option(metavar="SIZE", help="Size of /tmp, and of /dev/shm.")]
 WorkSize = Annotated[Text, typer.Option(metavar="SIZE", help="Size of /work, which is memory then.")]

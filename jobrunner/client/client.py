@@ -63,6 +63,7 @@ class ServerFacts:
     roots: tuple[str, ...]
     volumes: tuple[str, ...]
     """Names that a job may ask for; `NAME:ro` where it may not write."""
+    users: tuple[str, ...] = ()
 
 
 class JobClient:
@@ -167,6 +168,7 @@ class JobClient:
             network_host=reply.network_host,
             workspaces=reply.workspaces,
             roots=tuple(reply.roots),
+            users=tuple(reply.users),
             volumes=tuple(f"{volume.name}:ro" if volume.read_only else volume.name for volume in reply.volumes),
         )
 

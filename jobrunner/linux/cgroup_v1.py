@@ -7,6 +7,7 @@ Documentation/scheduler/sched-bwc.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -27,7 +28,9 @@ __all__ = ["CgroupV1", "CgroupV1Host"]
 UNIFIED = "unified"
 SHIM, JOB = "shim", "job"
 """Below a job's directory in the CPU hierarchy, which has the limit of both: the shim's share is that of all the job's processes
-together, or hundreds of them would keep it from its timers."""
+together, or hundreds of them would keep it from its timers. JOB has the same limit again, to be read there."""
+CPUSET = "cpuset"
+"""A hierarchy that limits nothing here, and without which a JVM takes all others for broken: jobs see an empty cgroup of it."""
 PERIOD = 100_000
 """Microseconds: the kernel's default for cpu.cfs_period_us."""
 MIN_QUOTA = 1000
@@ -41,9 +44,12 @@ SWAP = "memory: swap is not limited, the kernel does not account it (boot with s
 class CgroupV1:
     """One job's directories, by controller; two that share a hierarchy have the same."""
 
-    def __init__(self, directories: Mapping[str, Path], files: Collection[str], missing: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, directories: Mapping[str, Path], files: Collection[str], missing: tuple[str, ...] = (), cpuset: Path | None = None
+    ) -> None:
         self.missing = missing
         self._directories = directories
+        self._cpuset = cpuset
         self._counters = _counters(directories, files)
 
     def __repr__(self) -> str:
@@ -63,11 +69,12 @@ class CgroupV1:
         items += [("cgroup1-job", f"{place}/tasks") for place in places]
         # What a job sees of them: each controller by its name, wherever it is mounted on the host.
         inside = {name: directory / JOB if directory == v1.get("cpu") else directory for name, directory in v1.items()}
+        inside |= {CPUSET: self._cpuset} if self._cpuset is not None else {}
         items += [("cgroup-view", f"{name} {directory}") for name, directory in inside.items()]
         if UNIFIED in self._directories:
             items.append(("cgroup2-job", str(self._directories[UNIFIED])))
         if "cpu" in v1:
-            items.append(("cpu-quota", f"{v1['cpu']}/cpu.cfs_quota_us"))
+            items += [("cpu-quota", f"{directory}/cpu.cfs_quota_us") for directory in (v1["cpu"], v1["cpu"] / JOB)]
         if "memory" in v1:
             items.append(("oom-control", f"{v1['memory']}/memory.oom_control"))
         return items + [counter.item() for counter in self._counters]
@@ -85,7 +92,8 @@ class CgroupV1:
         if UNIFIED in self._directories:
             write_if_there(self._directories[UNIFIED] / "cgroup.kill", "1")
         if "cpu" in self._directories:  # dying takes CPU time
-            write_if_there(self._directories["cpu"] / "cpu.cfs_quota_us", "-1")
+            for place in (self._directories["cpu"] / JOB, self._directories["cpu"]):
+                write_if_there(place / "cpu.cfs_quota_us", "-1")
         # Of init's hierarchies the first that is not also the shim's: a shim that lives has its job's end in hand.
         job = next((self._directories[name] for name in ("pids", "memory", "blkio", "cpuacct") if name in self._directories), None)
         if job is not None:
@@ -149,8 +157,11 @@ class CgroupV1Host:
             if key in mounts
         }
         self._refused: dict[str, str] = {}
+        self._cpuset: Path | None = None
         try:
             self._make_base()
+            if CPUSET in mounts:
+                self._make_seen(Path(mounts[CPUSET].directory(parent or own.get(CPUSET, "/"))) / base_name / "seen")
         except BaseException:
             self.close()
             raise
@@ -173,6 +184,11 @@ class CgroupV1Host:
                 del self._jobs[name]
         if not set(self._jobs) - {UNIFIED}:
             raise HostError(next(iter(self._refused.values())))
+
+    def _make_seen(self, directory: Path) -> None:
+        with contextlib.suppress(HostError):  # it may be nobody's to write to, as a container's
+            kernfs.make(directory, exist_ok=True)
+            self._cpuset = directory
 
     def _leave_out(self, name: str) -> None:
         jobs = self._jobs.pop(name)
@@ -207,21 +223,21 @@ class CgroupV1Host:
             self._limit_pids(directories, limits, outcome)
             _limit_disks(directories.get("blkio"), self._lacks("blkio"), limits, disks, outcome)
             outcome.missing += self._above.notes(limits)
-            return CgroupV1(directories, self._files, tuple(outcome.missing))
+            return CgroupV1(directories, self._files, tuple(outcome.missing), self._cpuset)
         except BaseException:
             kernfs.remove(made)
             raise
 
     def reopen(self, job_id: str, paths: Mapping[str, str]) -> CgroupV1:
         directories = {name: Path(path) for name, path in paths.items()} or self._directories(job_id)
-        return CgroupV1(directories, self._files)
+        return CgroupV1(directories, self._files, cpuset=self._cpuset)
 
     def leftovers(self) -> list[str]:
         found = {entry.name for jobs in self._jobs.values() if jobs.is_dir() for entry in jobs.iterdir() if entry.is_dir()}
         return sorted(name for name in found if is_job_id(name))
 
     def close(self) -> None:
-        for jobs in self._jobs.values():
+        for jobs in (*self._jobs.values(), *([self._cpuset] if self._cpuset is not None else [])):
             kernfs.remove((jobs, jobs.parent))
 
     def _directories(self, job_id: str) -> dict[str, Path]:
@@ -246,6 +262,11 @@ class CgroupV1Host:
             # v1 refuses a quota above an ancestor's. Then the ancestor's is the tighter limit, and it holds.
             if self._above.cpus > cpus:
                 raise
+            return
+        # What a JVM, Node or Go goes by is read in the cgroup that it is in. What is left over may be used up later, as much as a
+        # period has: so it never holds the job back before the limit itself does, which counts how long it did (Linux 5.14).
+        for file, text in (("cfs_period_us", str(period)), ("cfs_quota_us", quota), ("cfs_burst_us", quota)):
+            write_if_there(directory / JOB / f"cpu.{file}", text)
 
     def _limit_memory(self, directories: Mapping[str, Path], limits: Limits, outcome: Outcome) -> None:
         if limits.memory is None:

@@ -6,7 +6,7 @@ OWN                 where the server was started; subtree_control: all that is t
     └─ jobs         likewise
         └─ <id>     cpu.max, so that copying a flood of output is paid for by the job; subtree_control: cpu memory pids io
             ├─ shim half of that CPU time if it wants it, or hundreds of processes would keep it from its timers and from a stop
-            └─ job  memory.max, memory.swap.max 0, memory.oom.group 1, pids.max, io.max
+            └─ job  cpu.max again, to be read there; memory.max, memory.swap.max 0, memory.oom.group 1, pids.max, io.max
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class CgroupV2:
         self._top = directory
         self._shim = directory / "shim"
         self._job = directory / "job"
+        self._quotas = (self._top / "cpu.max", self._job / "cpu.max")
         self._counters = [
             Counter("cpu_user_ns", 1000, "user_usec", f"{self._job}/cpu.stat"),
             Counter("cpu_system_ns", 1000, "system_usec", f"{self._job}/cpu.stat"),
@@ -71,8 +72,9 @@ class CgroupV2:
 
     def launch_items(self) -> list[tuple[str, str]]:
         where = [("cgroup2-shim", str(self._shim)), ("cgroup2-job", str(self._job)), ("cgroup-view", f". {self._job}")]
-        if (self._top / "cpu.max").exists():
-            where.append(("cpu-quota", str(self._top / "cpu.max")))
+        where += [("cpu-quota", str(file)) for file in self._quotas if file.exists()]
+        if (self._job / "memory.events").exists():
+            where.append(("oom-events", str(self._job / "memory.events")))
         return where + [counter.item() for counter in self._counters]
 
     def usage(self) -> Usage:
@@ -80,7 +82,8 @@ class CgroupV2:
         return usage_of([*self._counters, *(Counter(field, 1, "-", f"{self._job}/{file}") for field, file in now)])
 
     def kill(self) -> None:
-        write_if_there(self._top / "cpu.max", "max")  # dying takes CPU time
+        for file in self._quotas:  # dying takes CPU time
+            write_if_there(file, "max")
         if (self._job / "cgroup.kill").exists():
             write_if_there(self._job / "cgroup.kill", "1")
             return
@@ -219,6 +222,10 @@ def _set_cpu(top: Path, cpus: float) -> None:
     period = min(MAX_PERIOD, max(PERIOD, math.ceil(MIN_QUOTA / cpus)))
     text = f"{max(MIN_QUOTA, round(cpus * period))} {period}"
     set_and_check(top / "cpu.max", text, lambda now: now.strip() == text)
+    # What a JVM, Node or Go goes by is read in the cgroup that it is in. What is left over may be used up later, as much as a
+    # period has: so it never holds the job back before the limit itself does, which counts how long it did (Linux 5.14).
+    write_if_there(top / "job" / "cpu.max", text)
+    write_if_there(top / "job" / "cpu.max.burst", text.split()[0])
 
 
 def _set_memory(job: Path, size: int, outcome: Outcome) -> None:

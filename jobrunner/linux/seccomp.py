@@ -34,8 +34,9 @@ DENIED = (
     ),
     *("keyctl", "add_key", "request_key", "userfaultfd", "setns", "settimeofday", "clock_settime", "stime", "lookup_dcookie"),
     *("io_uring_setup", "io_uring_enter", "io_uring_register", "iopl", "ioperm", "vm86", "vm86old", "uselib", "nfsservctl"),
+    *("chroot", "sethostname", "setdomainname", "clock_adjtime", "vhangup", "sysfs", "ustat", "_sysctl"),
 )
-DENIED_NUMBERS = {"quotactl_fd": 443, "open_tree_attr": 467, "file_setattr": 469}
+DENIED_NUMBERS = {"pidfd_getfd": 438, "quotactl_fd": 443, "open_tree_attr": 467, "file_setattr": 469}
 """Calls that are newer than libseccomp may be; numbers from 424 on are those of every architecture."""
 CLONE_NEWUSER = 0x10000000
 TERMINAL_INPUT = {"TIOCSTI": 0x5412, "TIOCLINUX": 0x541C}
@@ -52,6 +53,7 @@ LAXER = (0x00100000, 0x00400000)
 """MMAP_PAGE_ZERO, READ_IMPLIES_EXEC."""
 HUGE_PAGES = {"mmap": (3, 0x40000), "memfd_create": (1, 0x4), "shmget": (2, 0o4000)}
 """MAP_HUGETLB, MFD_HUGETLB, SHM_HUGETLB, each with the place of its argument: no memory limit counts the host's huge pages."""
+RLIMIT_CORE = 4
 WORD = 0xFFFFFFFF
 """The kernel looks at the lower half of an argument that is an int; the upper half must not hide it."""
 
@@ -101,5 +103,10 @@ def _add_rules(rules: Any, library: Any) -> None:
     rules.add_rule(unknown, "socket", arg(0, library.GT, HIGHEST_FAMILY))
     for domain in set(range(0x14)) - PERSONALITIES:
         rules.add_rule(denied, "personality", arg(0, masked, 0xFF, domain))
+    # A core limit of 1 keeps the host's handler of core dumps away, one of 0 does not (core(5)): who sets it is told that it is.
+    done = library.ERRNO(0)
+    rules.add_rule(done, "setrlimit", arg(0, masked, WORD, RLIMIT_CORE))
+    rules.add_rule(done, "prlimit64", arg(1, masked, WORD, RLIMIT_CORE), arg(2, library.NE, 0), arg(3, library.EQ, 0))
+    rules.add_rule(denied, "prlimit64", arg(1, masked, WORD, RLIMIT_CORE), arg(2, library.NE, 0), arg(3, library.NE, 0))
     for flag in LAXER:
         rules.add_rule(denied, "personality", arg(0, masked, flag | PERSONALITY_ASK_BIT, flag))

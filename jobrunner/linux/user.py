@@ -13,10 +13,10 @@ def is_root() -> bool:
     return os.geteuid() == 0
 
 
-def give(directory: Path, uid: int) -> None:
+def give(directory: Path, uid: int, gid: int) -> None:
     """It becomes a job's. Without root it is that already: the job's uid is then the server's own on the host. Raises OSError."""
     if is_root():
-        os.chown(directory, uid, uid)
+        os.chown(directory, uid, gid)
 
 
 def identity() -> tuple[str, ...]:

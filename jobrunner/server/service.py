@@ -126,6 +126,7 @@ class JobService(pb.JobServiceBase):
             network_host=config.network_host,
             workspaces=config.workspaces,
             roots=sorted(config.offers.roots),
+            users=sorted(config.offers.users),
             volumes=[pb.Volume(name=name, read_only=volume.read_only) for name, volume in sorted(config.offers.volumes.items())],
         )
 

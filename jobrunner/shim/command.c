@@ -28,9 +28,13 @@ static void reset_signals(void)
 	sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
+/*
+ * No core file, as 1 is less than any has. 0 would be no limit where the host's core_pattern is a pipe: the kernel starts the program
+ * that it names, as root and outside, for a dump of any size but 1 (core(5)).
+ */
 static int set_limits(const struct plan *plan, struct report *why)
 {
-	const struct rlimit none = {0, 0}, files = {(rlim_t)plan->open_files, (rlim_t)plan->open_files};
+	const struct rlimit none = {1, 1}, files = {(rlim_t)plan->open_files, (rlim_t)plan->open_files};
 	const struct rlimit processes = {(rlim_t)plan->processes, (rlim_t)plan->processes};
 	setrlimit(RLIMIT_CORE, &none);
 	if (plan->open_files >= 0 && setrlimit(RLIMIT_NOFILE, &files) != 0)

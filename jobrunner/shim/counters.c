@@ -88,15 +88,19 @@ static uint64_t find_value(const char *key)
 	return sum;
 }
 
+/* One number of a file that is open. */
+uint64_t counter_in(int fd, const char *key)
+{
+	return read_text(fd) ? find_value(key) : UNKNOWN;
+}
+
 /* All counters as they are now; UNKNOWN where the host does not tell. */
 void counters_read(uint64_t counters[N_COUNTERS])
 {
 	for (int i = 0; i < N_COUNTERS; i++)
 		counters[i] = UNKNOWN;
 	for (int i = 0; i < n_sources; i++) {
-		if (sources[i].fd < 0 || !read_text(sources[i].fd))
-			continue;
-		uint64_t value = find_value(sources[i].key);
+		uint64_t value = sources[i].fd < 0 ? UNKNOWN : counter_in(sources[i].fd, sources[i].key);
 		if (value != UNKNOWN)
 			counters[sources[i].counter] = value * sources[i].scale;
 	}

@@ -19,29 +19,45 @@
 
 #define COPY ".copy"		/* in the job's own root, which nobody sees yet */
 
-/* A copy of a file of the root's with a line more, over the file, read-only. A root without one does without. */
-static int append_line(int root, const char *path, const char *line, struct report *why)
+/* The line, and what the root has; so that the line is what is found of two that are alike. */
+static int make_copy(int root, int original, const char *line)
 {
-	char last = '\n';
+	int copy = openat(root, COPY, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0644);
+	if (copy >= 0 && fchmod(copy, 0644) == 0 && write_all(copy, line, strlen(line)) && copy_all(original, copy))
+		return copy;
+	if (copy >= 0)
+		close(copy);
+	return -1;
+}
+
+/* Into the file, where the root can be written to and the file with it; over it, read-only, otherwise. */
+static int put_copy(int root, const char *path, int copy, int target, bool writable)
+{
+	int file = writable ? open_in_root(root, path, O_WRONLY | O_TRUNC | O_NONBLOCK) : -1;
+	if (file >= 0) {
+		const bool written = lseek(copy, 0, SEEK_SET) == 0 && copy_all(copy, file);
+		close(file);
+		return written ? 0 : -1;
+	}
+	int mount = mount_clone(copy, "", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, false);
+	if (mount < 0 || mount_put(mount, target) != 0)
+		return -1;
+	close(mount);
+	return 0;
+}
+
+/* A root without this file does without. */
+static int add_line(int root, const char *path, const char *line, bool writable, struct report *why)
+{
 	int target = open_inside(root, path);
 	if (target < 0)
 		return errno == ENOENT || errno == ENOTDIR ? 0 : fail(why, "identity", errno, path);
 	int original = open_in_root(root, path, O_RDONLY | O_NONBLOCK);	/* a FIFO in a named root is an empty file, and no trap */
-	int copy = openat(root, COPY, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0644);
-	if (original < 0 || copy < 0 || fchmod(copy, 0644) != 0)
-		return fail(why, "identity", errno, path);
-	for (ssize_t n; (n = read(original, scratch, sizeof scratch)) != 0;) {
-		if (n < 0 || !write_all(copy, scratch, (size_t)n))
-			return fail(why, "identity", errno, path);
-		last = scratch[n - 1];
-	}
-	if ((last != '\n' && !write_all(copy, "\n", 1)) || !write_all(copy, line, strlen(line)))
-		return fail(why, "identity", errno, path);
-	int mount = mount_clone(copy, "", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, false);
-	if (mount < 0 || mount_put(mount, target) != 0)
+	int copy = original < 0 ? -1 : make_copy(root, original, line);
+	if (copy < 0 || put_copy(root, path, copy, target, writable) != 0)
 		return fail(why, "identity", errno, path);
 	unlinkat(root, COPY, 0);	/* now: what has no name cannot be mounted */
-	const int fds[] = {mount, copy, original, target};
+	const int fds[] = {copy, original, target};
 	for (size_t i = 0; i < sizeof fds / sizeof *fds; i++)
 		close(fds[i]);
 	return 0;
@@ -54,10 +70,10 @@ int name_user(int root, const struct plan *plan, struct report *why)
 		return 0;
 	snprintf(line, sizeof line, "%s:x:%lld:%lld:job:/work:/bin/sh\n", plan->user_name, (long long)plan->uid,
 		 (long long)plan->gid);
-	if (append_line(root, "/etc/passwd", line, why) != 0)
+	if (add_line(root, "/etc/passwd", line, plan->writable, why) != 0)
 		return -1;
 	snprintf(line, sizeof line, "%s:x:%lld:\n", plan->user_name, (long long)plan->gid);
-	return append_line(root, "/etc/group", line, why);
+	return add_line(root, "/etc/group", line, plan->writable, why);
 }
 
 /* A session keyring of the job's own, empty: what is in the server's is not to be had (session-keyring(7)). */

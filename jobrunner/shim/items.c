@@ -47,13 +47,15 @@ static const struct key PLAN_KEYS[] = {
 	{"cgroup1-shim", TEXTS, false, AT(plan, cgroup1_shim), AT(plan, n_cgroup1_shim), 0, MAX_CGROUPS},
 	{"cgroup1-job", TEXTS, false, AT(plan, cgroup1_job), AT(plan, n_cgroup1_job), 0, MAX_CGROUPS},
 	{"oom-control", PATH, false, AT(plan, oom_control), 0, 0, 0},
-	{"cpu-quota", PATH, false, AT(plan, cpu_quota), 0, 0, 0},
+	{"oom-events", PATH, false, AT(plan, oom_events), 0, 0, 0},
+	{"cpu-quota", PATHS, false, AT(plan, cpu_quotas), AT(plan, n_cpu_quotas), 0, MAX_QUOTAS},
 	{"counter", TEXTS, false, AT(plan, counters), AT(plan, n_counters), 0, MAX_COUNTERS},
 	{"hostname", TEXT, true, AT(plan, hostname), 0, 0, 0},
 	{"cwd", PATH, true, AT(plan, cwd), 0, 0, 0},
 	{"merge", NUMBER, true, AT(plan, merge), 0, 0, 1},
 	{"stop-signal", NUMBER, true, AT(plan, stop_signal), 0, 1, 64},
 	{"grace-ms", NUMBER, true, AT(plan, grace_ms), 0, 0, MAX_MS},
+	{"birth-ms", NUMBER, false, AT(plan, birth_ms), 0, 1, MAX_MS},
 	{"timeout-ms", NUMBER, false, AT(plan, timeout_ms), 0, 0, MAX_MS},
 	{"idle-timeout-ms", NUMBER, false, AT(plan, idle_timeout_ms), 0, 0, MAX_MS},
 	{"segment-bytes", NUMBER, true, AT(plan, segment_bytes), 0, 1, MAX_NUMBER},
@@ -287,7 +289,7 @@ int plan_read(int fd, struct plan *plan, struct report *why)
 	char *list = mmap(NULL, MAX_LIST, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (list == MAP_FAILED)
 		return fail(why, "args", errno, "");
-	*plan = (struct plan){.list = list, .timeout_ms = -1, .idle_timeout_ms = -1, .open_files = -1, .processes = -1,
+	*plan = (struct plan){.list = list, .timeout_ms = -1, .idle_timeout_ms = -1, .open_files = -1, .processes = -1, .birth_ms = -1,
 			      .output_limit = -1, .uid = -1, .gid = -1, .work_size = -1, .tmp_size = -1};
 	lseek(fd, 0, SEEK_SET);		/* the writer of a memfd left it at its end; a pipe has no place to go to */
 	for (ssize_t n; (n = read(fd, list + size, MAX_LIST - size)) != 0;) {
@@ -310,9 +312,9 @@ void plan_free(struct plan *plan)
 {
 	munmap(plan->list, MAX_LIST);
 	munmap(plan->vectors, plan->vectors_size);
-	plan->dir = plan->cgroup2_shim = plan->cgroup2_job = plan->oom_control = plan->cpu_quota = plan->hostname = plan->cwd = NULL;
+	plan->dir = plan->cgroup2_shim = plan->cgroup2_job = plan->oom_control = plan->oom_events = plan->hostname = plan->cwd = NULL;
 	plan->root = plan->work = plan->user_name = plan->seccomp = NULL;
-	plan->n_cgroup1_shim = plan->n_cgroup1_job = plan->n_counters = 0;
+	plan->n_cgroup1_shim = plan->n_cgroup1_job = plan->n_counters = plan->n_cpu_quotas = 0;
 	plan->n_show = plan->n_mask = plan->n_cgroup_views = plan->n_volumes = 0;
 	plan->argv = plan->env = NULL;
 }

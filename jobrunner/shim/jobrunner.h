@@ -17,6 +17,7 @@
 
 #define MAX_CGROUPS 16
 #define MAX_COUNTERS 32
+#define MAX_QUOTAS 4
 #define MAX_PATHS 128
 #define MAX_VOLUMES 64
 #define MAX_LIST (4u << 20)
@@ -39,9 +40,9 @@ struct volume {
 
 /* A launch list. Strings point into the list; -1 is a number that was not given. */
 struct plan {
-	const char *dir, *cgroup2_shim, *cgroup2_job, *oom_control, *cpu_quota, *hostname, *cwd;
-	const char *cgroup1_shim[MAX_CGROUPS], *cgroup1_job[MAX_CGROUPS], *counters[MAX_COUNTERS];
-	int n_cgroup1_shim, n_cgroup1_job, n_counters;
+	const char *dir, *cgroup2_shim, *cgroup2_job, *oom_control, *oom_events, *hostname, *cwd;
+	const char *cgroup1_shim[MAX_CGROUPS], *cgroup1_job[MAX_CGROUPS], *counters[MAX_COUNTERS], *cpu_quotas[MAX_QUOTAS];
+	int n_cgroup1_shim, n_cgroup1_job, n_counters, n_cpu_quotas;
 	int64_t merge, stop_signal, grace_ms, timeout_ms, idle_timeout_ms, segment_bytes, open_files, processes;
 	int64_t network_host;		/* 1: the host's network instead of one with loopback alone */
 	int64_t output_limit, limit_stops, error_stops;	/* the last two: 1 if that ends the job */
@@ -49,7 +50,7 @@ struct plan {
 	const char *show[MAX_PATHS], *mask[MAX_PATHS], *cgroup_views[MAX_CGROUPS];
 	int n_show, n_mask, n_cgroup_views, n_volumes;
 	struct volume volumes[MAX_VOLUMES];
-	int64_t uid, gid, work_size, tmp_size, writable, protect;
+	int64_t uid, gid, work_size, tmp_size, writable, protect, birth_ms;
 	int64_t user_namespace;		/* 1: a user namespace, in which uid and gid are the server's own */
 	char **argv, **env;
 	void *list, *vectors;		/* the memory behind all of it: */
@@ -86,10 +87,12 @@ struct report {
 extern char scratch[SCRATCH_SIZE];	/* for whoever fills and empties it within one call */
 
 int64_t now_ns(clockid_t clock);
+int poll_until(struct pollfd *fds, nfds_t count, int64_t until);
 int fail(struct report *why, const char *step, int error, const char *detail);
 bool say(int fd, const struct report *report);
 bool hear(int fd, struct report *report);
 bool write_all(int fd, const void *data, size_t size);
+bool copy_all(int from, int to);
 pid_t spawn(uint64_t flags, int cgroup2, int *pidfd);
 int spawn_failed(int cgroup2, const char *path, const char *what, struct report *why);
 int enter_cgroups(const int *tasks, char const *const *paths, int count, struct report *why);
@@ -142,6 +145,7 @@ void exit_finish(int dir, struct exit_record *record);
 
 int counters_open(const struct plan *plan, struct report *why);
 void counters_read(uint64_t counters[N_COUNTERS]);
+uint64_t counter_in(int fd, const char *key);
 
 /* ---- log.c: the log as it is written */
 
@@ -178,8 +182,9 @@ void retention_grow(size_t size);
 /* What the launcher opens before anything is born: what can be refused is refused there. -1: none. */
 struct places {
 	int dir, log, null;
-	int cgroup2_shim, cgroup2_job, oom_control, event_control, cpu_quota;
-	const char *no_quota;		/* what lifts the CPU limit when it is written to cpu_quota */
+	int cgroup2_shim, cgroup2_job, oom_control, event_control, oom_events;
+	int cpu_quotas[MAX_QUOTAS], n_cpu_quotas;
+	const char *no_quota;		/* what lifts the CPU limit when it is written to each of them */
 	int cgroup1_shim[MAX_CGROUPS], cgroup1_job[MAX_CGROUPS];
 };
 
@@ -188,7 +193,7 @@ struct job {
 	struct plan *plan;
 	const struct places *places;
 	struct exit_record record;
-	int ctl, ctl_keeper, init, channel, oom;	/* FIFO and our own writing end of it, pidfd, socket, eventfd; -1: none */
+	int ctl, ctl_keeper, init, channel, oom;	/* FIFO and our own writing end of it, pidfd, socket, what tells OOM; -1: none */
 	int output[2];				/* reading ends of stdout and stderr, -1 once they are closed */
 	int64_t started, last_output;
 	int64_t deadline, idle_ns, kill_at, oom_until;
@@ -232,7 +237,11 @@ int private_mounts(struct report *why);
 int fresh_proc(struct report *why);
 int private_root(const struct plan *plan, struct report *why);				/* root.c */
 bool plan_has_root(const struct plan *plan);
+int show_sealed(int root, const char *path, const char *source, bool directory, struct report *why);
 int enter_root(int root, struct report *why);
+int overlay_begin(const struct plan *plan, struct report *why);				/* overlay.c */
+int overlay_show(int root, const struct plan *plan, const char *path, const char *source, struct report *why);
+int overlay_end(int root, const struct plan *plan, struct report *why);
 int mount_dev(int root, const struct plan *plan, struct report *why);			/* dev.c */
 int mount_tmpfs(int64_t bytes, const char *mode, int64_t uid, int64_t gid);
 int mount_proc(int root, bool make, struct report *why);				/* procfs.c */

@@ -43,6 +43,8 @@ class LaunchPlan:
     merge: bool = False
     stop_signal: int = 15
     grace: float = 10.0
+    birth: float | None = None
+    """How long it may take until the command is executed; a birth that hangs is a start that failed."""
     timeout: float | None = None
     idle_timeout: float | None = None
     open_files: int | None = None
@@ -97,7 +99,7 @@ def pack_plan(plan: LaunchPlan) -> bytes:
     items = [("dir", plan.directory), ("hostname", plan.hostname), ("cwd", plan.cwd), *plan.cgroup_items]
     items += [("merge", str(int(plan.merge))), ("stop-signal", str(plan.stop_signal)), ("segment-bytes", str(plan.segment_bytes))]
     items += [("grace-ms", _milliseconds(plan.grace)), ("network", "host" if plan.network_host else "none")]
-    for key, seconds in (("timeout-ms", plan.timeout), ("idle-timeout-ms", plan.idle_timeout)):
+    for key, seconds in (("birth-ms", plan.birth), ("timeout-ms", plan.timeout), ("idle-timeout-ms", plan.idle_timeout)):
         if seconds is not None:
             items.append((key, _milliseconds(seconds)))
     for key, number in (("open-files", plan.open_files), ("output-limit", plan.output_limit)):

@@ -86,7 +86,7 @@ static int open_places(const struct plan *plan, struct places *places, struct re
 	places->dir = open_at(AT_FDCWD, plan->dir, directory, "args", why);
 	if (places->dir >= 0)
 		places->log = open_at(places->dir, "log", directory, "log", why);
-	places->cgroup2_shim = places->cgroup2_job = places->oom_control = places->event_control = places->cpu_quota = -1;
+	places->cgroup2_shim = places->cgroup2_job = places->oom_control = places->event_control = places->oom_events = -1;
 	if (plan->cgroup2_shim)
 		places->cgroup2_shim = open_at(AT_FDCWD, plan->cgroup2_shim, directory, "cgroup", why);
 	if (plan->cgroup2_job)
@@ -97,9 +97,11 @@ static int open_places(const struct plan *plan, struct places *places, struct re
 		places->cgroup1_job[i] = open_at(AT_FDCWD, plan->cgroup1_job[i], O_WRONLY, "cgroup", why);
 	if (plan->oom_control)
 		open_oom_control(plan->oom_control, places, why);
-	if (plan->cpu_quota) {
-		places->cpu_quota = open_at(AT_FDCWD, plan->cpu_quota, O_WRONLY, "cgroup", why);
-		places->no_quota = strstr(plan->cpu_quota, "/cpu.max") ? "max" : "-1";	/* v2, v1 */
+	if (plan->oom_events)
+		places->oom_events = open_at(AT_FDCWD, plan->oom_events, O_RDONLY, "cgroup", why);
+	for (int i = 0; i < plan->n_cpu_quotas; i++) {
+		places->cpu_quotas[places->n_cpu_quotas++] = open_at(AT_FDCWD, plan->cpu_quotas[i], O_WRONLY, "cgroup", why);
+		places->no_quota = strstr(plan->cpu_quotas[i], "/cpu.max") ? "max" : "-1";	/* v2, v1 */
 	}
 	return why->kind == REPORT_FAILED ? -1 : 0;
 }

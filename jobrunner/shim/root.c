@@ -2,7 +2,8 @@
  * The root that a job sees, made by init in its own mount namespace while the host's is still its root, and entered at the end.
  *
  *   /                  an empty tmpfs, read-only in the end
- *   /usr /etc ...      what `show` lists of the host, or what `root` has: read-only, nosuid, nodev, with all that is mounted below
+ *   /usr /etc ...      what `show` lists of the host, or what `root` has: read-only, nosuid, nodev, with all that is mounted below;
+ *                      with `writable` an overlay of it (overlay.c)
  *   /proc /sys         fresh (procfs.c)
  *   /dev               a few devices, terminals of its own (dev.c)
  *   /tmp /dev/shm      tmpfs of their own
@@ -30,8 +31,20 @@
 /* What is always the job's own, whatever a named root has there. */
 static const char *const OWN[] = {"proc", "sys", "dev", "tmp", "work", "volumes", "workspace"};
 
+/* With all that is mounted below. */
+int show_sealed(int root, const char *path, const char *source, bool directory, struct report *why)
+{
+	int mount = mount_clone(AT_FDCWD, source, SEALED, true);
+	int target = mount < 0 ? -1 : directory ? make_directory(root, path) : make_file(root, path);
+	if (target < 0 || mount_put(mount, target) != 0)
+		return fail(why, "root", errno, source);
+	close(mount);
+	close(target);
+	return 0;
+}
+
 /* One entry of the host's at its place; what the host lacks is no loss. */
-static int show(int root, const char *path, const char *source, struct report *why)
+static int show(int root, const struct plan *plan, const char *path, const char *source, struct report *why)
 {
 	struct stat st;
 	char link[PATH_MAX];
@@ -44,13 +57,9 @@ static int show(int root, const char *path, const char *source, struct report *w
 		link[length] = '\0';
 		return symlinkat(link, root, path + 1) == 0 || errno == EEXIST ? 0 : fail(why, "root", errno, path);
 	}
-	int mount = mount_clone(AT_FDCWD, source, SEALED, true);
-	int target = mount < 0 ? -1 : S_ISDIR(st.st_mode) ? make_directory(root, path) : make_file(root, path);
-	if (target < 0 || mount_put(mount, target) != 0)
-		return fail(why, "root", errno, source);
-	close(mount);
-	close(target);
-	return 0;
+	if (plan->writable && S_ISDIR(st.st_mode))
+		return overlay_show(root, plan, path, source, why);
+	return show_sealed(root, path, source, S_ISDIR(st.st_mode), why);
 }
 
 static bool is_own(const char *name)
@@ -64,8 +73,9 @@ static bool is_own(const char *name)
 /*
  * A named root, entry by entry: so the job's own directories need no place in it, and the directory itself is never written to.
  */
-static int show_entries(int root, const char *directory, struct report *why)
+static int show_entries(int root, const struct plan *plan, struct report *why)
 {
+	const char *directory = plan->root;
 	DIR *entries = opendir(directory);
 	if (!entries)
 		return fail(why, "root", errno, directory);
@@ -78,14 +88,14 @@ static int show_entries(int root, const char *directory, struct report *why)
 		if ((size_t)snprintf(source, sizeof source, "%s/%s", directory, entry->d_name) >= sizeof source)
 			result = fail(why, "root", ENAMETOOLONG, directory);
 		else
-			result = show(root, path, source, why);
+			result = show(root, plan, path, source, why);
 	}
 	closedir(entries);
 	return result;
 }
 
 /* What programs look names up with is often a link into /run; with the host's network it has to lead somewhere. */
-static int show_resolver(int root, struct report *why)
+static int show_resolver(int root, const struct plan *plan, struct report *why)
 {
 	char source[PATH_MAX];
 	if (!realpath("/etc/resolv.conf", source))
@@ -95,7 +105,7 @@ static int show_resolver(int root, struct report *why)
 		close(there);
 		return 0;
 	}
-	return show(root, source, source, why);
+	return show(root, plan, source, source, why);
 }
 
 static int make_tmp(int root, const struct plan *plan, struct report *why)
@@ -109,7 +119,7 @@ static int make_tmp(int root, const struct plan *plan, struct report *why)
 	return 0;
 }
 
-static int make_root(const struct plan *plan, struct report *why)
+static int make_sealed(struct report *why)
 {
 	const struct mount_option options[] = {{"mode", "0755"}, {"size", "4m"}, {"nr_inodes", "4096"}, {NULL, NULL}};
 	int root = mount_new("tmpfs", options, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
@@ -118,13 +128,19 @@ static int make_root(const struct plan *plan, struct report *why)
 	if (above < 0 || mount_put(root, above) != 0)
 		return fail(why, "root", errno, "tmpfs");
 	close(above);
-	if (make_tmp(root, plan, why) != 0)	/* first: what is shown may be below it */
+	return root;
+}
+
+static int make_root(const struct plan *plan, struct report *why)
+{
+	int root = plan->writable ? overlay_begin(plan, why) : make_sealed(why);
+	if (root < 0 || make_tmp(root, plan, why) != 0)	/* first: what is shown may be below it */
 		return -1;
-	int result = plan->root ? show_entries(root, plan->root, why) : 0;
+	int result = plan->root ? show_entries(root, plan, why) : 0;
 	for (int i = 0; i < plan->n_show && result == 0; i++)
-		result = show(root, plan->show[i], plan->show[i], why);
+		result = show(root, plan, plan->show[i], plan->show[i], why);
 	if (result == 0 && plan->network_host && plan->n_show)
-		result = show_resolver(root, why);
+		result = show_resolver(root, plan, why);
 	return result == 0 ? root : -1;
 }
 
@@ -155,8 +171,8 @@ bool plan_has_root(const struct plan *plan)
 int private_root(const struct plan *plan, struct report *why)
 {
 	const bool own = plan_has_root(plan);
-	if (plan->writable)
-		return fail(why, "overlay", EOPNOTSUPP, "");
+	if (plan->writable && !own)
+		return fail(why, "overlay", EINVAL, "no root of the job's own");
 	if (idmap_prepare(plan, why) != 0)	/* first */
 		return -1;
 	int root = own ? make_root(plan, why) : open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
@@ -171,8 +187,12 @@ int private_root(const struct plan *plan, struct report *why)
 	if (mount_work(root, plan, why) != 0 || mount_volumes(root, plan, why) != 0 || name_user(root, plan, why) != 0 ||
 	    mask_all(root, plan, why) != 0)
 		return -1;
-	if (own && (mount_change(root, MOUNT_ATTR_RDONLY, 0) != 0 || enter_root(root, why) != 0))
+	if (plan->writable && overlay_end(root, plan, why) != 0)
+		return -1;
+	if (own && !plan->writable && mount_change(root, MOUNT_ATTR_RDONLY, 0) != 0)
 		return fail(why, "root", errno, "read-only");
+	if (own && enter_root(root, why) != 0)
+		return -1;
 	close(root);
 	return 0;
 }

@@ -18,6 +18,7 @@
 #include "jobrunner.h"
 
 #define PIPE_SIZE (256 << 10)
+#define DYING_NS (5000 * MS)
 
 /* Nothing of the server's is left: no terminal, no descriptor, no signal that was meant for it. Only SIGKILL ends a shim. */
 static void leave_the_server(const struct places *places)
@@ -35,11 +36,15 @@ static void leave_the_server(const struct places *places)
 		return;		/* it is somewhere else then, and uses no relative path */
 }
 
-/* "EVENTFD FD" registers for the event that FD, an open memory.oom_control, has (cgroup v1, memory.rst). */
+/*
+ * v1: "EVENTFD FD" registers for the event that FD, an open memory.oom_control, has (cgroup v1, memory.rst). v2: the file
+ * memory.events itself polls as an exception when it has changed since it was read (cgroup v2, cgroup-v2.rst).
+ */
 static int watch_oom(struct job *job, struct report *why)
 {
 	const struct places *places = job->places;
 	char line[32];
+	job->oom = places->oom_events;
 	if (places->oom_control < 0)
 		return 0;
 	job->oom = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -71,10 +76,12 @@ static int make_output(struct job *job, int writing[2], struct report *why)
 static void close_private(const struct job *job, int reading, int answer)
 {
 	const int private[] = {job->ctl, job->ctl_keeper, job->channel, job->output[0], job->output[1], job->oom, reading, answer,
-			       job->places->dir, job->places->log, job->places->cpu_quota};
+			       job->places->dir, job->places->log};
 	for (size_t i = 0; i < sizeof private / sizeof *private; i++)
 		if (private[i] >= 0)
 			close(private[i]);
+	for (int i = 0; i < job->places->n_cpu_quotas; i++)
+		close(job->places->cpu_quotas[i]);
 }
 
 static int spawn_init(struct job *job, const struct birth *birth, int reading, int answer, struct report *why)
@@ -102,22 +109,32 @@ static void reap_init(struct job *job, siginfo_t *info)
 		;
 }
 
+/* The same after a birth that failed; false if it does not go: a process in the hands of a dead file server may not even die. */
+static bool reap_unborn(struct job *job, siginfo_t *info)
+{
+	struct pollfd gone = {.fd = job->init, .events = POLLIN};
+	if (poll_until(&gone, 1, now_ns(CLOCK_BOOTTIME) + DYING_NS) <= 0)
+		return false;
+	reap_init(job, info);
+	return true;
+}
+
 /*
  * Hear init and the command to the end of file. READY alone means that execve(2) has closed the other end; a report of a failure
- * is one; neither means that init died. A stop gives up a birth that hangs, as an exec from a dead file server does.
+ * is one; neither means that init died. A birth that hangs, as one does that needs something of a dead file server, is given up
+ * after its time, or by a stop.
  */
 static int await_command(struct job *job, int reading, struct report *why)
 {
 	struct report heard = {0};
 	bool ready = false;
-	for (;;) {
+	const int64_t until = job->plan->birth_ms < 0 ? NEVER : job->started + job->plan->birth_ms * MS;
+	while (why->kind != REPORT_FAILED) {
 		struct pollfd fds[] = {{.fd = reading, .events = POLLIN}, {.fd = job->ctl, .events = POLLIN}};
-		if (ppoll(fds, 2, NULL, NULL) < 0)
-			continue;
-		if (fds[1].revents && ctl_heard_stop(job)) {
+		if (poll_until(fds, 2, until) <= 0)
+			fail(why, "init", ETIMEDOUT, "");
+		else if (fds[1].revents && ctl_heard_stop(job))
 			fail(why, "init", ECANCELED, "stopped before it was started");
-			kill_init(job);
-		}
 		if (!fds[0].revents)
 			continue;
 		if (!hear(reading, &heard))
@@ -161,8 +178,7 @@ static int give_birth(struct job *job, int answer, struct report *why)
 		return 0;
 	kill_init(job);
 	siginfo_t info = {0};
-	reap_init(job, &info);
-	if (!why->detail[0] && !why->error && strcmp(why->step, "init") == 0)
+	if (reap_unborn(job, &info) && !why->detail[0] && !why->error && strcmp(why->step, "init") == 0)
 		snprintf(why->detail, sizeof why->detail, "the job's init died of signal %d", info.si_status);
 	return -1;
 }

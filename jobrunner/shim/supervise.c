@@ -28,8 +28,8 @@ static void let_it_die(const struct job *job)
 {
 	const struct places *places = job->places;
 	send_signal(job->init, SIGKILL);
-	if (places->cpu_quota >= 0)
-		write_all(places->cpu_quota, places->no_quota, strlen(places->no_quota));
+	for (int i = 0; i < places->n_cpu_quotas; i++)
+		write_all(places->cpu_quotas[i], places->no_quota, strlen(places->no_quota));
 }
 
 /* The one way to end a job that has not ended by itself. */
@@ -90,6 +90,22 @@ bool take_messages(struct job *job)
 }
 
 /*
+ * v2: the kernel kills the whole job, memory.oom.group, and its count of kills is there before the event that tells it. Our own kill
+ * comes on top for the CPU limit's sake, under which a dying job takes its time.
+ */
+static void take_oom_events(struct job *job)
+{
+	const uint64_t kills = counter_in(job->oom, "oom_kill");
+	if (kills == 0)
+		return;
+	job->oom = -1;		/* nothing more to learn, or not to be read */
+	if (kills != UNKNOWN) {
+		job->oom_kill = true;
+		kill_init(job);
+	}
+}
+
+/*
  * v1 has no memory.oom.group: the kernel's eventfd tells that the job is out of memory, and we kill the rest of it. But the event
  * also comes when a cgroup above ours is out of memory, to every job below it, and then somebody else may be the one that the
  * kernel kills. So it is only a hint to look at our own count of kills, which grows a moment later, and a little longer where the
@@ -98,7 +114,9 @@ bool take_messages(struct job *job)
 static void take_oom(struct job *job)
 {
 	uint64_t count;
-	if (read(job->oom, &count, sizeof count) == (ssize_t)sizeof count)
+	if (job->places->oom_events >= 0)
+		take_oom_events(job);
+	else if (read(job->oom, &count, sizeof count) == (ssize_t)sizeof count)
 		job->oom_until = now_ns(CLOCK_BOOTTIME) + OOM_WAIT;
 }
 
@@ -147,6 +165,8 @@ static void wait_for_something(struct job *job, struct pollfd watched[N_WATCHED]
 	const int fds[N_WATCHED] = {[INIT] = job->init, [CHANNEL] = job->channel, [CTL] = job->ctl, [OOM] = job->oom};
 	for (int i = INIT; i < N_WATCHED; i++)
 		watched[i] = (struct pollfd){.fd = fds[i], .events = POLLIN};
+	if (job->places->oom_events >= 0)
+		watched[OOM].events = POLLPRI;
 	int64_t rest = wake <= now ? 0 : wake - now < LONGEST_WAIT ? wake - now : LONGEST_WAIT;
 	struct timespec timeout = {rest / (1000 * MS), rest % (1000 * MS)};
 	if (ppoll(watched, N_WATCHED, wake == NEVER ? NULL : &timeout, NULL) < 0)

@@ -20,6 +20,18 @@ int64_t now_ns(clockid_t clock)
 	return (int64_t)ts.tv_sec * 1000 * MS + ts.tv_nsec;
 }
 
+/* ppoll(2) until a time of CLOCK_BOOTTIME; 0 when it has come, and not because of a signal. */
+int poll_until(struct pollfd *fds, nfds_t count, int64_t until)
+{
+	for (;;) {
+		const int64_t now = now_ns(CLOCK_BOOTTIME), rest = until > now ? until - now : 0;
+		const struct timespec timeout = {rest / (1000 * MS), rest % (1000 * MS)};
+		const int ready = ppoll(fds, count, until == NEVER ? NULL : &timeout, NULL);
+		if (ready >= 0 || errno != EINTR)
+			return ready;
+	}
+}
+
 /* Always -1. Only the first failure is kept: what fails after it follows from it. */
 int fail(struct report *why, const char *step, int error, const char *detail)
 {
@@ -44,6 +56,16 @@ bool write_all(int fd, const void *data, size_t size)
 		size -= (size_t)n;
 	}
 	return true;
+}
+
+/* What is left of a file, through `scratch`. */
+bool copy_all(int from, int to)
+{
+	ssize_t n;
+	while ((n = read(from, scratch, sizeof scratch)) > 0 || (n < 0 && errno == EINTR))
+		if (n > 0 && !write_all(to, scratch, (size_t)n))
+			return false;
+	return n == 0;
 }
 
 bool say(int fd, const struct report *report)

@@ -199,9 +199,11 @@ INFO: Mapping[str, Field] = {
     "message": TEXT,
     "network": TEXT,
     "root": TEXT,
+    "writable": SAME,
     "volumes": VOLUMES,
     "workspace": TEXT,
     "work": TEXT,
+    "runs_as": TEXT,
 }
 
 

@@ -23,7 +23,8 @@ def offering(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess
     volume.mkdir()
     os.chown(volume, OWNER, OWNER)
     settings = directory / "jobrunnerd.toml"
-    settings.write_text(f'workspaces = true\n[volumes]\ncache = "{volume}"\n')
+    users = f'ci = "{OWNER}:{OWNER}"\nbob = {{id = "{OWNER}:{OWNER}", for = ["bob"]}}\n'
+    settings.write_text(f'workspaces = true\n[volumes]\ncache = "{volume}"\n[users]\n{users}')
     with server_process(directory, f"--config={settings}") as running:
         yield running
 
@@ -66,3 +67,19 @@ def test_a_volume_and_sizes_are_told_by_info(offering: ServerProcess) -> None:
 def test_an_unknown_volume_is_refused_with_those_that_there_are(offering: ServerProcess) -> None:
     result = jobrunner(offering, "start", "--volume", "nosuch", "true")
     assert (result.code, "there are: cache" in result.err) == (65, True)
+
+
+def test_a_job_writes_to_its_root_as_a_user_of_the_configuration(offering: ServerProcess) -> None:
+    script = "touch /usr/new && id -u && whoami"
+    job_id = start(offering, "--writable", "--user", "ci", "sh", "-c", script)
+    assert jobrunner(offering, "wait", job_id).code == 0
+    assert jobrunner(offering, "log", job_id).text.split() == [str(OWNER), "ci"]
+    told = jobrunner(offering, "info", job_id).text
+    assert "writable:   yes\n" in told
+    assert "runs as:    ci\n" in told
+    assert jobrunner(offering, "run", "sh", "-c", script).code != 0
+
+
+def test_a_user_that_is_for_others_is_refused(offering: ServerProcess) -> None:
+    refused = jobrunner(offering, "run", "--user", "bob", "true")
+    assert (refused.code, "'bob' is not for 'admin'" in refused.err) == (65, True)

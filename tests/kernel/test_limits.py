@@ -14,6 +14,7 @@ import pytest
 from jobrunner import JobSpec, Limits
 from jobrunner.errors import StopFailed
 from jobrunner.runner import RunnerJob
+from tests.support.cgroups import lower_cpus
 from tests.support.runner import open_runner, run, run_output, shell
 from tests.support.timing import at_most
 
@@ -113,10 +114,9 @@ async def test_what_a_job_leaves_does_not_die_under_the_cpu_limit(tmp_path: Path
             await anext(reader)
         assert job.cgroup is not None
         paths = job.cgroup.paths
-        quota = Path(paths["cpu"], "cpu.cfs_quota_us") if "cpu" in paths else Path(paths["unified"], "cpu.max")
         members = Path(paths["pids"], "cgroup.procs") if "pids" in paths else Path(paths["unified"], "job", "cgroup.procs")
         go = Path("/proc", members.read_text().split()[-1], "root/work/go")
-        quota.write_text(str(round(DYING_CPUS * 100_000)))  # only now: the births take CPU time too
+        lower_cpus(job.cgroup, DYING_CPUS)
         if how == "its own end":
             await anyio.to_thread.run_sync(go.write_text, "\n")
         else:

@@ -22,6 +22,9 @@ KEYS = [
     "cgroup1-job",
     "oom-control",
     "cpu-quota",
+    "oom-events",
+    "birth-ms",
+    "writable",
     "counter",
     "hostname",
     "cwd",
@@ -132,3 +135,26 @@ def test_a_whole_job_is_clean_under_the_sanitizers(sanitized: Path, tmp_path: Pa
     end = job.wait()
     assert (end.cause.name, end.pids_peak, end.read_ops) == ("STOPPED", 3000, 2000)
     assert job.output() in (b"out\nerr\n", b"err\nout\n", b"out\n", b"")
+
+
+def test_a_root_of_its_own_that_can_be_written_to_is_clean_under_the_sanitizers(sanitized: Path, tmp_path: Path) -> None:
+    for changes in ({"writable": True}, {}):
+        job = ShimJob(tmp_path / f"job{len(changes)}")
+        plan = job.plan(
+            *("sh", "-c", "exec 2>/dev/null; touch /usr/x && echo written; whoami"),
+            show=("/usr", "/bin", "/lib", "/lib64", "/etc", "/opt", "/nosuch"),
+            mask=("/etc/shadow", "/usr/share"),
+            uid=1 << 30,
+            gid=1 << 30,
+            user_name="job",
+            volumes=[VolumeMount(str(tmp_path), "/volumes/a", owner=(1, 2)), VolumeMount(str(tmp_path), "/new/b", read_only=True)],
+            tmp_size=64 << 20,
+            work_size=1 << 20,
+            birth=30,
+            protect=PROTECTIONS,
+            **changes,
+        )
+        report = job.launch(pack_plan(plan), sanitized)
+        assert report.started, report
+        assert job.wait().cause.name == "OWN"
+        assert job.output() == (b"written\njob\n" if changes else b"job\n")

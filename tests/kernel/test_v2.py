@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from jobrunner.errors import HostError, StopFailed
 from jobrunner.linux.cgroup import CgroupHost
 from jobrunner.linux.disk import disks_under
 from jobrunner.linux.mountinfo import own_cgroups
-from tests.support.cgroups import JOB, member_directories, own_tree, start
+from tests.support.cgroups import JOB, lower_cpus, member_directories, own_tree, start
 from tests.support.runner import open_runner, output, run, run_output, shell
 from tests.support.timing import at_most, fail_after
 
@@ -92,6 +93,29 @@ async def test_the_kernel_takes_the_whole_job_when_its_memory_runs_out(tmp_path:
     assert (info.end_reason, data) == ("oom_killed", b"")
     assert info.usage.oom_kills is not None
     assert info.usage.oom_kills >= 4  # init, the shell and two sleepers went with the one that asked for too much
+
+
+@pytest.mark.timeout(300)
+async def test_a_job_that_is_out_of_memory_does_not_die_under_its_cpu_limit(tmp_path: Path) -> None:
+    sleepers = "mkfifo go; n=0; while [ $n -lt 150 ]; do sleep 1000 & n=$((n+1)); done; echo up; read _ <go"
+    script = f"{sleepers}; exec python3 -c \"b'x' * (96 << 20)\""
+    async with open_runner(tmp_path) as runner:
+        job = await runner.start(shell(script, limits=Limits(memory=80 * MIB, pids=300, cpus=2)))
+        async with job.log() as reader:
+            await anext(reader)
+        assert job.cgroup is not None
+        top = Path(job.cgroup.paths["unified"])
+        lower_cpus(job.cgroup, 0.05)
+        go = Path("/proc", text(top / "job" / "cgroup.procs").split()[-1], "root/work/go")
+        await anyio.to_thread.run_sync(go.write_text, "\n")
+        with fail_after(60):
+            while not (kills := job.info().usage.oom_kills):  # noqa: ASYNC110  # the kernel's state
+                await anyio.sleep(0.01)
+        begun = time.monotonic()
+        info = await job.wait()
+    print(f"{kills} killed at first, gone after {time.monotonic() - begun:.2f} s")
+    assert info.end_reason == "oom_killed"
+    assert time.monotonic() - begun < at_most(1)  # under the limit some ten times as long
 
 
 async def test_buffered_writes_are_held_to_their_rate(tmp_path: Path) -> None:
@@ -214,7 +238,7 @@ async def test_a_stop_gets_through_to_the_shim_beside_hundreds_of_spinning_proce
         with fail_after(20):
             while int(text(top / "job" / "pids.current")) < 290:  # noqa: ASYNC110  # the kernel's state
                 await anyio.sleep(0.1)
-        (top / "cpu.max").write_text("5000 100000")  # only now: the births take CPU time too
+        lower_cpus(job.cgroup, 0.05)
         with fail_after(6):
             with suppress(StopFailed):  # they may take longer to die here than a stop waits
                 await job.stop(grace=0)

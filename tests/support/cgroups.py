@@ -53,6 +53,17 @@ def member_directories(cgroup: JobCgroup) -> list[Path]:
     ]
 
 
+def lower_cpus(cgroup: JobCgroup, cpus: float) -> None:
+    """Less CPU time than the job was started with: a job's births take some too."""
+    paths = cgroup.paths
+    top, quota, burst = Path(paths.get("cpu") or paths["unified"]), "cpu.max", "cpu.max.burst"
+    if "cpu" in paths:
+        quota, burst = "cpu.cfs_quota_us", "cpu.cfs_burst_us"
+    for place in (top / "job", top):
+        (place / burst).write_text("0")  # no burst is more than its quota
+        (place / quota).write_text(str(round(cpus * 100_000)))
+
+
 def start(cgroup: JobCgroup, argv: Sequence[str]) -> subprocess.Popen[bytes]:
     """A child that enters the job's cgroups by itself, as init does, and then is this command."""
     entries = [value for key, value in cgroup.launch_items() if key == "cgroup1-job"]

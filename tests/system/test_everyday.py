@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,6 +166,24 @@ async def test_node(tmp_path: Path) -> None:
 @pytest.mark.requires("command:java")
 async def test_a_jvm(tmp_path: Path) -> None:
     assert "Runtime Environment" in await ran(tmp_path, "java -Xmx64m -version 2>&1", limits=Limits(memory=512 << 20))
+
+
+@pytest.mark.requires("command:java")
+async def test_a_jvm_sees_its_limits(tmp_path: Path) -> None:
+    """A quarter of its memory is its heap, or half of so little, and half a processor is one."""
+    for memory, heap in ((256 << 20, 126 << 20), (1 << 30, 256 << 20)):
+        options = "-Xlog:os+container=trace -XX:+PrintFlagsFinal"
+        said = await ran(tmp_path, f"java {options} -version 2>&1", limits=Limits(memory=memory, cpus=0.5))
+        found = re.search(r"MaxHeapSize += (\d+)", said)
+        assert found and int(found[1]) == heap
+        assert re.search(rf"Memory Limit is: {memory}\b", said)
+        assert re.search(r"CPU Quota is: 50000\b", said)
+        assert re.search(r"active_processor_count: 1\b", said, re.IGNORECASE)
+
+
+@pytest.mark.requires("command:node")
+async def test_node_sees_its_memory_limit(tmp_path: Path) -> None:
+    assert await ran(tmp_path, "node -p 'process.constrainedMemory()'", limits=Limits(memory=256 << 20)) == f"{256 << 20}\n"
 
 
 @pytest.mark.requires("command:strace", "command:gdb")

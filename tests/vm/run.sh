@@ -17,7 +17,8 @@ what=("$@")
     tests/kernel/test_{v2,endings,limits,cgroup_limits,namespaces,leftovers}.py
     tests/library/test_runner_{start,end,reopen}.py
     tests/hostile/test_{exhaustion,processes,sockets}.py
-    tests/vm/test_{quota,unit}.py
+    tests/kernel/test_overlay.py tests/library/test_writable.py
+    tests/vm/test_{core,quota,unit}.py
 )
 factor=${JOBRUNNER_TIME_FACTOR:-10}
 verbosity=${JOBRUNNER_VM_KERNEL:-quiet systemd.show_status=false}
@@ -48,9 +49,9 @@ mkdir -p "$work/disk/checkout" "$work/disk/tmp" "$work/disk/modules"
 "$bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation --target "$work/disk/site" "$checkout"
 cp -a "$checkout/tests" "$checkout/packaging" "$checkout/pyproject.toml" "$work/disk/checkout"
 find "$work/disk/checkout" -name __pycache__ -prune -exec rm -rf {} +
-# What the tests need of Debian's kernel that is neither built in nor in its initrd: disks that are made of files, and quotas. In the
-# order in which one needs the other.
-for module in loop quota_v2 xfs; do
+# What the tests need of Debian's kernel that is neither built in nor in its initrd: disks that are made of files, quotas, overlays. In
+# the order in which one needs the other.
+for module in loop quota_v2 xfs overlay; do
     modprobe --dirname / --set-version "${kernel#*vmlinuz-}" --show-depends "$module" | sed -n 's/^insmod //p'
 done | awk '!seen[$1]++ { printf "%s %02d-", $1, NR; n = split($1, names, "/"); print names[n] }' | while read -r from name; do
     cp "$from" "$work/disk/modules/$name"

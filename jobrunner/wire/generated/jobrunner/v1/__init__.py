@@ -286,6 +286,13 @@ class JobInfo(betterproto2.Message):
     Where /work is: "disk" (limits.work_size is its size there, if it is set) or "memory".
     """
 
+    writable: "bool" = betterproto2.field(26, betterproto2.TYPE_BOOL)
+
+    runs_as: "str" = betterproto2.field(27, betterproto2.TYPE_STRING)
+    """
+    The user that it asked to be, of the server's configuration; empty: one that no other job is.
+    """
+
 
 default_message_pool.register_message("jobrunner.v1", "JobInfo", JobInfo)
 
@@ -521,7 +528,8 @@ class JobStartRequest(betterproto2.Message):
 
     writable: "bool" = betterproto2.field(13, betterproto2.TYPE_BOOL)
     """
-    A throw-away overlay: writes work and vanish with the job.
+    A throw-away overlay: the root can be written to, in memory (limits.tmp_size), and what is written vanishes with the job. Its
+    files can be removed and replaced, those of /etc also be written to in place.
     """
 
     network: "str" = betterproto2.field(14, betterproto2.TYPE_STRING)
@@ -531,7 +539,7 @@ class JobStartRequest(betterproto2.Message):
 
     user: "str" = betterproto2.field(15, betterproto2.TYPE_STRING)
     """
-    A fixed user of the server's configuration.
+    A fixed user of the server's configuration (ServerInfo.users), instead of one that no other job is.
     """
 
     volumes: "list[Volume]" = betterproto2.field(
@@ -917,6 +925,11 @@ class ServerInfo(betterproto2.Message):
     workspaces: "bool" = betterproto2.field(15, betterproto2.TYPE_BOOL)
     """
     Whether a job may ask for a workspace.
+    """
+
+    users: "list[str]" = betterproto2.field(16, betterproto2.TYPE_STRING, repeated=True)
+    """
+    Names of users that a job may ask for; some may be for some callers only.
     """
 
 

@@ -131,18 +131,18 @@ static int await_command(struct job *job, int reading, struct report *why)
 	const int64_t until = job->plan->birth_ms < 0 ? NEVER : job->started + job->plan->birth_ms * MS;
 	while (why->kind != REPORT_FAILED) {
 		struct pollfd fds[] = {{.fd = reading, .events = POLLIN}, {.fd = job->ctl, .events = POLLIN}};
-		if (poll_until(fds, 2, until) <= 0)
+		if (poll_until(fds, 2, until) <= 0) {
 			fail(why, "init", ETIMEDOUT, "");
-		else if (fds[1].revents && ctl_heard_stop(job))
-			fail(why, "init", ECANCELED, "stopped before it was started");
-		if (!fds[0].revents)
-			continue;
-		if (!hear(reading, &heard))
+		} else if (!fds[0].revents) {	/* Order: a command that was executed already was started, and is stopped as one */
+			if (ctl_heard_stop(job))
+				fail(why, "init", ECANCELED, "stopped before it was started");
+		} else if (!hear(reading, &heard)) {
 			break;
-		if (heard.kind == REPORT_READY)
+		} else if (heard.kind == REPORT_READY) {
 			ready = true;
-		else
+		} else {
 			fail(why, heard.step, heard.error, heard.detail);
+		}
 	}
 	close(reading);
 	return why->kind == REPORT_FAILED ? -1 : ready ? 0 : fail(why, "init", 0, "");

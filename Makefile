@@ -54,6 +54,7 @@ test: venv ## every test but the benchmarks; in CI a skip is a failure
 
 test-vm: venv ## cgroup v2 and the systemd units, in a virtual machine; needs root, qemu, debootstrap and Debian's kernel
 	tests/vm/run.sh $(BIN) $(TESTS)
+	$(if $(TESTS),,tests/vm/power.sh $(BIN))
 
 test-docker: venv ## the image and docker-compose.yml, built and run for real; needs root and Docker
 	scripts/test_docker.sh $(BIN)

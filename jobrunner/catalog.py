@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING
@@ -100,27 +101,42 @@ class Catalog:
             raise JobRemoved(request_id, job_id) from exc
 
     async def drop(self, job_ids: Collection[str]) -> None:
-        """Remove these ended jobs. Their request ids outlive them."""
+        """Remove these ended jobs. Their request ids outlive them. Raises HostError; those that are still there then are kept."""
         now = time.time()
         entries = [entry for job_id in job_ids if (entry := self.jobs.remove(job_id)) is not None]
-        keys = [entry.request for entry in entries if entry.request]
-        self.requests.outlive(keys, now)
         for entry in entries:
             self._handles.pop(entry.job_id, None)
-        await self._runner.finish(anyio.to_thread.run_sync(self._drop_now, [entry.job_id for entry in entries], keys, now))
+        await self._runner.finish(self._drop(entries, now))
 
-    def _drop_now(self, job_ids: Collection[str], keys: Collection[bytes], now: float) -> None:
+    async def _drop(self, entries: list[Entry], now: float) -> None:
+        try:
+            await anyio.to_thread.run_sync(self._drop_now, entries, now)
+        except OSError as exc:
+            there = [entry for entry in entries if os.path.lexists(self._runner.state.directory(entry.job_id))]
+            for entry in there:
+                self.jobs.add(entry)
+            entries = [entry for entry in entries if entry not in there]
+            if there:
+                what = f"job {there[0].job_id}" if len(there) == 1 else f"{len(there)} jobs"
+                raise HostError(f"cannot remove {what}: {exc.strerror}") from exc
+            logger.error("removed jobs may be there again after a power loss: %s", exc.strerror)
+        finally:
+            self.requests.outlive([entry.request for entry in entries if entry.request], now)
+
+    def _drop_now(self, entries: Collection[Entry], now: float) -> None:
+        job_ids = [entry.job_id for entry in entries]
+        keys = [entry.request for entry in entries if entry.request]
         # Order: the request ids first, or a crash in between would let a start that is asked for again happen twice.
         try:
             self.requests.append(keys, now)
-            keys = ()
-        except OSError:
-            logger.warning("cannot keep request ids of removed jobs yet")  # a full disk must not keep a job
-        try:
+        except OSError:  # a full disk must not keep a job
             self._runner.state.remove(*job_ids)
-            self.requests.append(keys, now)
-        except OSError as exc:
-            logger.error("cannot remove %d jobs: %s", len(job_ids), exc)
+            try:
+                self.requests.append(keys, now)
+            except OSError as exc:
+                logger.error("cannot keep request ids of %d removed jobs over a restart: %s", len(keys), exc.strerror)
+        else:
+            self._runner.state.remove(*job_ids)
 
     def take_ended(self, job: RunnerJob, left: Left) -> RunnerJob:
         """Take a job that was settled before; the one that is here already, if it was read twice at a time."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections import Counter
 from pathlib import Path
 
 from jobrunner.errors import LimitReached
@@ -40,7 +41,7 @@ class Identities:
         """`begin` is the first to be taken, anywhere by default: who was last is not known after a restart."""
         self.first = first
         self.count = count
-        self._taken: set[int] = set()
+        self._taken: Counter[int] = Counter()
         self._next = first + secrets.randbelow(count) if begin is None else begin
 
     def __repr__(self) -> str:
@@ -52,14 +53,16 @@ class Identities:
             uid = self._next
             self._next = self.first + (uid + 1 - self.first) % self.count
             if uid not in self._taken:
-                self._taken.add(uid)
+                self.hold(uid)
                 return uid
         raise LimitReached("start job", "job_uids", f"all {self.count} uids are of running jobs")
 
     def hold(self, uid: int) -> None:
-        """This one is of a job that was found running; it need not be of the range, which may have been another."""
-        self._taken.add(uid)
+        """This one is of a job that was found, or of files of one; it need not be of the range, which may have been another."""
+        self._taken[uid] += 1
 
     def give_back(self, uid: int) -> None:
-        """Nothing runs under it any more, and nothing is left that belongs to it."""
-        self._taken.discard(uid)
+        """Nothing runs under it any more of one that had it, and nothing is left that belongs to it."""
+        self._taken[uid] -= 1
+        if self._taken[uid] <= 0:
+            del self._taken[uid]

@@ -2,24 +2,27 @@
 
 The rules, for a job whose marker, or cgroup, says that it is not settled (docs/formats.md has them for all that can be found):
 
-    no job.json                              a crash while it was made: what is left is removed
+    no job.json, and nothing after it        a crash while it was made: what is left is removed
     job.json damaged, or of a newer version  set aside in `corrupt/`; left alone while a shim of it lives, which is somebody's
-    job.json that cannot be read (EIO)       told in the log and left alone
+    what cannot be read, or done (EIO)       told in the log and left alone
     no ctl                                   no shim made itself known yet: recovery makes ctl itself, and the start never happens
     ctl with a reader                        runs: adopted
     ctl without a reader, exit record ended  settled by the record
     ... start failed, or no exit record      nothing was executed: removed
     ... exit record running, or damaged      the shim was killed: what is left of the job is killed, and it is `lost`
 
-A stop that was asked for is asked again of a shim that lives. Settled jobs are loaded beside, or when they are asked for.
+A stop that was asked for is asked again of a shim that lives. Settled jobs are loaded beside, or when they are asked for; of those
+that are still leaving the uid is held at once, until their files are the server's.
 """
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -35,11 +38,16 @@ if TYPE_CHECKING:
     from jobrunner.linux.cgroup import JobCgroup
     from jobrunner.record import JobRecord
     from jobrunner.runner import JobRunner
+    from jobrunner.statedir import Found
 
 logger = logging.getLogger(__name__)
 
 BATCH = 50
 """Ended jobs that are loaded in one go: some milliseconds."""
+PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
+"""Errors of this process that say nothing about a job's files: what met one is tried again."""
+TRY_AGAIN = 1.0
+"""Seconds until then."""
 
 REASON_OF = {
     Cause.STOPPED: EndReason.STOPPED,
@@ -123,39 +131,56 @@ def look(runner: JobRunner, job: RunnerJob, settling: bool) -> Left:
         ran=there and not failed,
         found=path.lstat().st_mtime if there else job.record.created,
         stopped_by=stop.by if stop else job.stop_asked_by or "",
-        bounds=job.read_bounds(),
+        bounds=_bounds(job),
         size=runner.state.kept_bytes(job.job_id),
     )
 
 
+def _bounds(job: RunnerJob) -> tuple[int, int]:
+    """Of its log; a log that cannot be read is no reason to lose the record. Who reads it is told."""
+    try:
+        return job.read_bounds()
+    except OSError as exc:
+        if exc.errno in PASSING:
+            raise
+        logger.error("cannot read log of job %s: %s", job.job_id, exc)
+        return (0, 0)
+
+
 async def settle(runner: JobRunner, job: RunnerJob) -> None:
     """The shim of a job is gone: see that nothing of the job is left, decide how it ended, and let everyone know."""
-    left = Left(None, True, time.time(), job.stop_asked_by or "", (0, 0))
+    left = await _left(runner, job)
+    await _clear(job, left.exit_record)
     try:
-        left = await anyio.to_thread.run_sync(look, runner, job, True)
-        await _clear(job, left.exit_record)
         work = runner.state.settle if left.ran else runner.state.remove
         await anyio.to_thread.run_sync(work, job.job_id)
-    except (OSError, RecordError) as exc:
-        # Told as what is known now; recovery does after a restart what could not be done.
+    except OSError as exc:  # it has its marker still, so the next server does it
         logger.error("cannot settle job %s: %s", job.job_id, exc)
-        await _clear(job, None)
     if not left.ran:
         runner.forget(job)
     runner.end(job, left)
-    await _give_back(runner, job)
+    await _give_back(runner, job.job_id, job.record.uid)
 
 
-async def _give_back(runner: JobRunner, job: RunnerJob) -> None:
+async def _left(runner: JobRunner, job: RunnerJob) -> Left:
+    while True:
+        try:
+            return await anyio.to_thread.run_sync(look, runner, job, True)
+        except (OSError, RecordError) as exc:
+            logger.error("cannot read how job %s ended: %s", job.job_id, exc)
+            if not isinstance(exc, OSError) or exc.errno not in PASSING:
+                return Left(None, True, time.time(), job.stop_asked_by or "", (0, 0))
+        await asyncio.sleep(TRY_AGAIN)
+
+
+async def _give_back(runner: JobRunner, job_id: str, uid: int) -> None:
     """The job's uid is free once nothing is left that belongs to it. Not before the end is told: there may be much of it."""
     try:
-        await anyio.to_thread.run_sync(runner.state.reown, job.job_id)
-    except FileNotFoundError:  # removed meanwhile
-        pass
+        await anyio.to_thread.run_sync(runner.state.reown, job_id)
     except OSError as exc:
-        logger.error("cannot take over the work directory of job %s: %s; its uid stays taken", job.job_id, exc)
+        logger.error("cannot take over the work directory of job %s: %s; its uid stays taken", job_id, exc)
         return
-    runner.identities.give_back(job.record.uid)
+    runner.identities.give_back(uid)
 
 
 async def _clear(job: RunnerJob, exit_record: ExitRecord | None) -> None:
@@ -167,10 +192,12 @@ async def _clear(job: RunnerJob, exit_record: ExitRecord | None) -> None:
         logger.error("cannot remove cgroup of job %s: it is still busy", job.job_id)
 
 
-async def recover(runner: JobRunner) -> list[str]:
-    """Take over the jobs that may run, and clear what has no job. The ids of the others, which have ended: for `load_rest`."""
+async def recover(runner: JobRunner) -> Found:
+    """Take over the jobs that may run, and clear what has no job. What is left to do: `load_rest` and `tidy`."""
     found = await anyio.to_thread.run_sync(runner.state.find)
     await anyio.to_thread.run_sync(runner.catalog.requests.load)
+    for uid in (*found.leaving.values(), *found.removed.values()):
+        runner.identities.hold(uid)
     cgroups = set(runner.cgroups.leftovers())
     unsettled = [*found.unsettled, *cgroups.intersection(found.settled)]  # a marker that was lost is no reason to lose a job
     ours = set(found.settled) | set(found.unsettled)
@@ -179,26 +206,41 @@ async def recover(runner: JobRunner) -> list[str]:
             ours.discard(job_id)
     for job_id in cgroups - ours:
         await _sweep(runner.cgroups.reopen(job_id, {}))
-    return [job_id for job_id in found.settled if job_id not in cgroups]
+    settled = [job_id for job_id in found.settled if job_id not in cgroups]
+    leaving = {job_id: uid for job_id, uid in found.leaving.items() if job_id not in cgroups}
+    return replace(found, settled=settled, leaving=leaving)
+
+
+async def tidy(runner: JobRunner, found: Found) -> None:
+    """What servers before this one were at: removals, and work directories on their way to root."""
+    for name, uid in found.removed.items():
+        if await anyio.to_thread.run_sync(runner.state.remove_for_good, name):
+            runner.identities.give_back(uid)
+    for job_id, uid in found.leaving.items():
+        await _give_back(runner, job_id, uid)
 
 
 async def _take(runner: JobRunner, job_id: str) -> bool:
     """False if there is no such job, and nothing may run of it."""
+    try:
+        return await _take_over(runner, job_id)
+    except OSError as exc:
+        logger.error("cannot take over job %s: %s; left alone", job_id, exc)
+        runner.identities.hold(runner.state.owner(runner.state.directory(job_id)))
+        return True
+
+
+async def _take_over(runner: JobRunner, job_id: str) -> bool:
     state = runner.state
     try:
         record, never, exit_record = await anyio.to_thread.run_sync(_read_unsettled, runner, job_id)
     except FileNotFoundError:  # a crash while it was made
-        await _remove(runner, runner.cgroups.reopen(job_id, {}), job_id)
-        return False
+        return not await _remove(runner, runner.cgroups.reopen(job_id, {}), job_id)
     except RecordError as exc:
         return not await anyio.to_thread.run_sync(_give_up, runner, job_id, exc)
-    except OSError as exc:
-        logger.error("cannot read job %s: %s; left alone", job_id, exc)
-        return True
     cgroup = runner.cgroups.reopen(job_id, record.cgroup)
     if never:
-        await _remove(runner, cgroup, job_id)
-        return False
+        return not await _remove(runner, cgroup, job_id)
     stop = state.read_stop(job_id)
     asked = None if stop is None and not state.stop_was_asked(job_id) else stop.by if stop else ""
     runner.identities.hold(record.uid)
@@ -221,11 +263,13 @@ def _read_unsettled(runner: JobRunner, job_id: str) -> tuple[JobRecord, bool, Ex
 
 def _give_up(runner: JobRunner, job_id: str, why: RecordError) -> bool:
     """Set a job aside that cannot be understood; False if it may still run, and is left alone."""
+    directory = runner.state.directory(job_id)
     if runner.state.shim_lives(job_id):
-        logger.error("cannot use %s: %s; left alone, for it runs", runner.state.directory(job_id), why.message)
+        logger.error("cannot use %s: %s; left alone, for it runs", directory, why.message)
+        runner.identities.hold(runner.state.owner(directory))
         return False
-    runner.state.set_aside(runner.state.directory(job_id), why.message)
-    runner.state.settle(job_id)
+    runner.state.set_aside(directory, why.message)
+    runner.state.unmark(job_id)
     return True
 
 
@@ -235,7 +279,6 @@ def load_one(runner: JobRunner, job_id: str) -> tuple[RunnerJob, Left] | None:
         record = runner.state.load(job_id)
         exit_record = runner.state.exit_record(job_id)
         job = RunnerJob(record, runner, None, exit_record.started_ns / 1e9 if exit_record else record.created)
-        runner.state.finish_reown(job_id)
         return job, look(runner, job, False)
     except FileNotFoundError:  # a crash while it was made
         runner.state.remove(job_id)
@@ -263,11 +306,19 @@ def _load_batch(runner: JobRunner, job_ids: list[str]) -> list[tuple[RunnerJob, 
     return found
 
 
-async def _remove(runner: JobRunner, cgroup: JobCgroup, job_id: str) -> None:
-    await _sweep(cgroup)
+async def _remove(runner: JobRunner, cgroup: JobCgroup, job_id: str) -> bool:
+    """Remove a job that never ran, and never will; False if that is left to the next server.
+
+    A launcher of a server before this one may still be at it: while the cgroup is busy, the `ctl` that keeps it from the start
+    stays.
+    """
+    if not await _sweep(cgroup):
+        logger.error("cannot remove job %s, which never ran: its cgroup is busy", job_id)
+        return False
     await anyio.to_thread.run_sync(runner.state.remove, job_id)
+    return True
 
 
-async def _sweep(cgroup: JobCgroup) -> None:
+async def _sweep(cgroup: JobCgroup) -> bool:
     cgroup.kill()
-    await cgroup.removed()
+    return await cgroup.removed()

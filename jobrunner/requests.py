@@ -102,14 +102,18 @@ class RequestIds:
             return
         now = time.time()
         parsed = [_parse(line) for line in lines if line]
-        good = [line for line in parsed if line is not None and now - KEEP < line[2] <= now + KEEP]
+        # A clock that was set back forgets nothing early: what was removed at a time to come was removed by now.
+        good = [(key, known, min(removed, now)) for key, known, removed in filter(None, parsed) if removed > now - KEEP]
         if None in parsed:
             logger.error("cannot read %d lines of %s: they are damaged, and passed over", parsed.count(None), self._path)
         for key, known, removed in sorted(good, key=lambda line: line[2])[-MOST:]:
             self._known[key] = known
             self._removed.append((removed, key))
-        if len(good) < len(parsed):
-            write_durably(self._path, b"".join(_line(*line) for line in good))
+        if good != parsed:
+            try:
+                write_durably(self._path, b"".join(_line(*line) for line in good))
+            except OSError as exc:  # a full disk must not keep a server from its jobs
+                logger.error("cannot shorten %s: %s", self._path, exc.strerror)
 
     def _expire(self) -> None:
         last = time.time() - KEEP

@@ -10,6 +10,8 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from jobrunner.errors import HostError
+
 if TYPE_CHECKING:
     from jobrunner.runner import JobRunner
 
@@ -39,7 +41,11 @@ class Retention:
         while True:
             self._ended.clear()
             while victims := self.victims(time.time()):
-                await self._runner.catalog.drop(victims)
+                try:
+                    await self._runner.catalog.drop(victims)
+                except HostError as exc:
+                    logger.error("%s", exc.message)
+                    break
                 logger.info("removed %d ended jobs, to keep to keep_jobs, keep_age and keep_bytes", len(victims))
             try:
                 async with asyncio.timeout(LOOK):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import secrets
 import time
@@ -135,9 +136,10 @@ class JobRunner:
         return len(self._running)
 
     async def _recover(self) -> None:
-        ended = await recovery.recover(self)
-        self.catalog.expect(ended)
-        self._beside(self._load(ended))
+        found = await recovery.recover(self)
+        self.catalog.expect(found.settled)
+        self._spawn(recovery.tidy(self, found))
+        self._beside(self._load(found.settled))
 
     async def _load(self, ended: list[str]) -> None:
         await self.catalog.load(ended)
@@ -192,7 +194,7 @@ class JobRunner:
         return await asyncio.shield(starting)
 
     async def remove(self, job_id: str) -> None:
-        """Remove an ended job's record and log. Raises JobNotFound, and InvalidRequest if it still runs."""
+        """Remove an ended job's record and log. Raises JobNotFound, InvalidRequest if it still runs; HostError if it cannot be."""
         job = await self.get(job_id)
         if not job.ended:
             raise InvalidRequest("job_id", f"job {job_id} is running", verb="remove job")
@@ -245,7 +247,7 @@ class JobRunner:
             await self._undo(record, cgroup)
             raise
         except sandbox.LauncherLost as exc:
-            if await anyio.to_thread.run_sync(self.state.claim, job_id):
+            if await anyio.to_thread.run_sync(self._claimed, job_id):
                 cgroup.kill()
                 await self._undo(record, cgroup)
                 raise StartFailed(spec.command, "launcher", 0, "it was killed") from exc
@@ -268,10 +270,25 @@ class JobRunner:
             if job_id not in self.catalog.jobs and not self.state.directory(job_id).exists():
                 return job_id
 
+    def _claimed(self, job_id: str) -> bool:
+        """False if a shim was first, or nobody can tell: then it is a job until it is found to have none."""
+        try:
+            return self.state.claim(job_id)
+        except OSError as exc:
+            logger.error("cannot tell whether job %s was started: %s", job_id, exc)
+            return False
+
     async def _undo(self, record: JobRecord, cgroup: JobCgroup) -> None:
-        await cgroup.removed()
+        """Leave nothing of a start that failed; what cannot be removed is told, and the next server does it."""
+        gone = await cgroup.removed()
         self.workspaces.release(record.job_id)
-        await anyio.to_thread.run_sync(self.state.remove, record.job_id)
+        try:
+            if not gone:
+                raise OSError(errno.EBUSY, "its cgroup is busy")
+            await anyio.to_thread.run_sync(self.state.remove, record.job_id)
+        except OSError as exc:
+            logger.error("cannot remove what is left of job %s, which was not started: %s", record.job_id, exc.strerror)
+            return
         self.identities.give_back(record.uid)
 
     def _make_cgroup(self, job_id: str, spec: JobSpec, limits: Limits) -> JobCgroup:

@@ -195,7 +195,8 @@ class ShimHandle:
     def open(cls, directory: Path) -> Self | None:
         """The handle on a job's shim; None if no shim is there any more (ENXIO, fifo(7)). OSError says nothing about the shim."""
         try:
-            return cls(os.open(directory / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            # What is no FIFO is not written to: a link is ELOOP, and a regular file cannot be polled (EPERM, epoll_ctl(2)).
+            return cls(os.open(directory / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW))
         except OSError as exc:
             if exc.errno in (errno.ENXIO, errno.ENOENT):
                 return None

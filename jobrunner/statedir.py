@@ -3,7 +3,8 @@
 Everything here may wait for the disk, so the runner calls it in a thread. Nothing here knows processes or cgroups.
 
 What is not as jobrunner writes it is moved to `corrupt/`, with the reason beside it: nothing is deleted that may not be ours,
-and nothing is believed. A file that cannot be read for the host's reasons (EMFILE, EIO) is no reason to move anything.
+and nothing is believed, least of all what belongs to another user. No link is followed. A file that cannot be read for the host's
+reasons (EMFILE, EIO) is no reason to move anything.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import stat
@@ -42,6 +44,10 @@ class Found:
 
     settled: list[str]
     unsettled: list[str]
+    leaving: dict[str, int]
+    """Of the settled ones those that were not given back yet, and their uids."""
+    removed: dict[str, int]
+    """Names below `removed`, and the uids that their files may still have."""
 
 
 class StateDir:
@@ -50,12 +56,15 @@ class StateDir:
     def __init__(self, path: Path, project_ids: tuple[int, int] = PROJECT_IDS) -> None:
         """Make and lock it. HostError if it cannot be made or another server holds it."""
         self.path = path
-        self.jobs, self.running, self.removed, self.corrupt = (path / name for name in ("jobs", "running", "removed", "corrupt"))
+        self.jobs, self.running, self.leaving = path / "jobs", path / "running", path / "leaving"
+        self.removed, self.corrupt = path / "removed", path / "corrupt"
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for directory in (self.jobs, self.running, self.removed, self.corrupt):
+            _refuse_strangers(path)
+            for directory in (self.jobs, self.running, self.leaving, self.removed, self.corrupt):
                 directory.mkdir(mode=0o700, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            _sync_directory(path)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as exc:
             raise HostError(f"cannot use state directory {path}: {exc.strerror}") from exc
         try:
@@ -72,34 +81,53 @@ class StateDir:
         return self.jobs / job_id
 
     def find(self) -> Found:
-        """All jobs that are there. Finishes removals that were cut short, and sets aside what is none of ours."""
-        for name in os.listdir(self.removed):
-            self.clear(self.removed / name)
-        marked = set(self._entries(self.running, "a marker"))
+        """All jobs that are there. Sets aside what is none of ours."""
+        marked, leaving = (set(self._entries(directory, "a marker")) for directory in (self.running, self.leaving))
         there = self._entries(self.jobs, "a job's directory")
-        for job_id in marked.difference(there):  # its job was removed
-            self.settle(job_id)
-        return Found([name for name in there if name not in marked], [name for name in there if name in marked])
+        for job_id in (marked | leaving).difference(there):  # its job was removed
+            self.unmark(job_id)
+        return Found(
+            [name for name in there if name not in marked],
+            [name for name in there if name in marked],
+            {name: self._uid(name) for name in there if name in leaving - marked},
+            {name: self.owner(self.removed / name) for name in os.listdir(self.removed)},
+        )
 
     def _entries(self, directory: Path, what: str) -> list[str]:
         names = []
         with os.scandir(directory) as entries:
             for entry in list(entries):
-                right = entry.is_file if directory == self.running else entry.is_dir
+                right = entry.is_dir if directory == self.jobs else entry.is_file
                 if right(follow_symlinks=False) and is_job_id(entry.name):
                     names.append(entry.name)
                 else:
                     self.set_aside(directory / entry.name, f"it is not {what}")
         return names
 
+    def _uid(self, job_id: str) -> int:
+        """Of a settled job. 0 if its record cannot be read: then it will be set aside, and no job can come to what is there."""
+        try:
+            return self.load(job_id).uid
+        except (OSError, RecordError):
+            return 0
+
+    def owner(self, directory: Path) -> int:
+        """The uid of a job of this directory, by its work directory, which is the first to be the server's when it has ended."""
+        try:
+            return (directory / "work").lstat().st_uid
+        except OSError:
+            return 0
+
     def set_aside(self, path: Path, why: str) -> None:
         """Move what cannot be believed to `corrupt/`, with the reason beside it, and tell it."""
-        number = 0
-        while os.path.lexists(place := self.corrupt / (f"{path.name}.{number}" if number else path.name)):
-            number += 1
+        name = os.fsdecode(os.fsencode(path.name)[:200])  # with a number and `.why` it is one name still
+        places = (self.corrupt / (f"{name}.{number}" if number else name) for number in itertools.count())
+        pairs = ((place, place.with_name(f"{place.name}.why")) for place in places)
+        place, reason = next(pair for pair in pairs if not any(map(os.path.lexists, pair)))
         try:
             path.rename(place)
-            place.with_name(f"{place.name}.why").write_text(f"{path}: {why}\n", errors="surrogateescape")
+            with reason.open("x", errors="surrogateescape") as file:
+                file.write(f"{path}: {why}\n")
         except OSError as exc:
             logger.error("cannot use %s: %s; it cannot be set aside: %s", path, why, exc.strerror)
             return
@@ -120,12 +148,19 @@ class StateDir:
         _sync_directory(self.jobs)
 
     def load(self, job_id: str) -> JobRecord:
-        """Read job.json. FileNotFoundError if there is none; RecordError if it is not what this version understands."""
-        path = self.directory(job_id) / "job.json"
+        """Read job.json. FileNotFoundError if it was never written; RecordError if it is not what this version understands."""
+        directory = self.directory(job_id)
+        owner = directory.lstat().st_uid
+        if owner != os.geteuid():
+            raise RecordError(f"it belongs to uid {owner}")
         try:
-            return parse_record(_read_file(path), job_id)
+            return parse_record(_read_file(directory / "job.json"), job_id)
+        except FileNotFoundError as exc:
+            if any(os.path.lexists(directory / name) for name in ("ctl", "exit")):  # which come after it
+                raise RecordError("job.json: it is missing") from exc
+            raise
         except RecordError as exc:
-            raise RecordError(f"{path.name}: {exc.message}") from exc
+            raise RecordError(f"job.json: {exc.message}") from exc
 
     def exit_record(self, job_id: str) -> ExitRecord | None:
         """The exit record; None if there is none or it is damaged, which is told. RecordError if it is of a newer version."""
@@ -153,37 +188,49 @@ class StateDir:
         return True
 
     def settle(self, job_id: str) -> None:
-        """The job has ended and everything about it is on disk: it is no longer looked at first after a restart."""
-        (self.running / job_id).unlink(missing_ok=True)
+        """The job has ended and everything about it is on disk: after a restart it is settled, and its uid still taken."""
+        try:
+            (self.running / job_id).rename(self.leaving / job_id)
+        except FileNotFoundError:  # a marker that was lost
+            (self.leaving / job_id).touch(mode=0o600)
+
+    def unmark(self, job_id: str) -> None:
+        """There is no such job any more."""
+        for directory in (self.running, self.leaving):
+            (directory / job_id).unlink(missing_ok=True)
 
     def reown(self, job_id: str) -> None:
-        """What an ended job has left in its work directory becomes the server's: its uid can be another's then. OSError."""
-        reown_tree(self.directory(job_id) / "work")
-
-    def finish_reown(self, job_id: str) -> None:
-        """The same where a crash came before it or in the middle: the directory itself is the last to be the server's."""
-        try:
-            if (self.directory(job_id) / "work").lstat().st_uid != os.geteuid():
-                self.reown(job_id)
-        except FileNotFoundError:
-            return
-        except OSError as exc:
-            logger.error("cannot take over the work directory of job %s: %s", job_id, exc)
+        """What a settled job has left in its work directory becomes the server's: its uid can be another's then. OSError."""
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            reown_tree(self.directory(job_id) / "work")
+        self.unmark(job_id)
 
     def remove(self, *job_ids: str) -> None:
-        """Remove all of these jobs. A crash leaves each whole, or out of sight and removed for good by the next `find`."""
-        taken = [self.removed / job_id for job_id in job_ids]
-        for job_id, place in zip(job_ids, taken, strict=True):
-            with contextlib.suppress(FileNotFoundError):
-                self.directory(job_id).rename(place)
-        # Order: out of sight on disk too before anything in it goes, or a power loss would show a job with half its log.
-        _sync_directory(self.jobs)
-        for job_id, place in zip(job_ids, taken, strict=True):
-            self.clear(place)
-            self.settle(job_id)
+        """Remove all of these jobs. A crash leaves each whole, or out of sight, and the next server removes it for good.
 
-    def clear(self, path: Path) -> None:
-        """Remove what is on its way out, a job's directory or a workspace; what cannot be is told, and tried again by `find`."""
+        Raises OSError; those that are still in sight then were not removed.
+        """
+        taken = []
+        try:
+            for job_id in job_ids:
+                with contextlib.suppress(FileNotFoundError):
+                    self.directory(job_id).rename(self.removed / job_id)
+                taken.append(job_id)
+            # Order: out of sight on disk too before anything in it goes, or a power loss would show a job with half its log.
+            _sync_directory(self.jobs)
+        finally:
+            for job_id in taken:
+                self.remove_for_good(job_id)
+
+    def remove_for_good(self, name: str) -> bool:
+        """Remove what is out of sight; False if it cannot be."""
+        if not self.clear(self.removed / name):
+            return False
+        self.unmark(name)
+        return True
+
+    def clear(self, path: Path) -> bool:
+        """Remove what is on its way out, a job's directory or a workspace. False if it cannot be, which is told."""
         try:
             with self.projects.removing(path / "work"), self.projects.removing(path / "files"):
                 if path.is_dir() and not path.is_symlink():
@@ -191,7 +238,9 @@ class StateDir:
                 else:
                     path.unlink(missing_ok=True)
         except OSError as exc:
-            logger.error("cannot remove %s: %s", path, exc)
+            logger.error("cannot remove %s: %s; the next server tries again", path, exc)
+            return False
+        return True
 
     def write_stop(self, job_id: str, request: StopRequest) -> None:
         """Make a stop durable. A later one only shortens the first one's grace period."""
@@ -242,13 +291,15 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def append_durably(path: Path, lines: Iterable[bytes]) -> None:
-    """Add whole lines to a file, synced; one that could not be added in full is taken back."""
+    """Add whole lines to a file, synced, and its name if it is new; what could not be added in full is taken back."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     size = os.fstat(fd).st_size
     try:
         with open(fd, "wb", closefd=False) as file:
             file.write(b"".join(lines))
         os.fsync(fd)
+        if size == 0:
+            _sync_directory(path.parent)
     except OSError:
         os.ftruncate(fd, size)
         raise
@@ -257,7 +308,7 @@ def append_durably(path: Path, lines: Iterable[bytes]) -> None:
 
 
 def _read_file(path: Path) -> bytes:
-    """A regular file's bytes. RecordError if it is something else, which is not waited for and not followed, or is too large."""
+    """The bytes of a regular file of ours. RecordError for anything else, which is not waited for, or what is too large."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
@@ -268,10 +319,21 @@ def _read_file(path: Path) -> bytes:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_FILE:
             raise RecordError("it is no regular file" if found.st_size <= MAX_FILE else f"it has {found.st_size} bytes")
+        if found.st_uid != os.geteuid():
+            raise RecordError(f"it belongs to uid {found.st_uid}")
         with open(fd, "rb", closefd=False) as file:
             return file.read(MAX_FILE)
     finally:
         os.close(fd)
+
+
+def _refuse_strangers(path: Path) -> None:
+    """PermissionError if another user could put files where a server believes what it finds."""
+    found = path.stat()
+    if found.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, f"it belongs to uid {found.st_uid}")
+    if found.st_mode & 0o022:
+        raise PermissionError(errno.EPERM, f"other users may write to it; run: chmod go-w {path}")
 
 
 def _sync_directory(path: Path) -> None:

@@ -14,7 +14,7 @@ import enum
 from collections.abc import Callable
 from pathlib import Path
 
-from jobrunner.errors import JobNotFound
+from jobrunner.errors import HostError, JobNotFound
 from jobrunner.job import Gap
 from jobrunner.log import position
 from jobrunner.log.chunks import MERGE_NS, ChunkCache, cut_chunk
@@ -75,13 +75,17 @@ class Cursor:
         return begin
 
     def advance(self, nowait: bool) -> Chunk | Gap | Step:
-        """The next part. JobNotFound if the log has been removed."""
+        """The next part. JobNotFound if the log has been removed; HostError if it cannot be read."""
         part: Chunk | Gap | Step = Step.MOVED
         try:
             while part is Step.MOVED:
                 part = self._read(self._segment, nowait) if self._segment else self._open(nowait)
         except FileNotFoundError as exc:
             raise JobNotFound(self._job_id) from exc  # removed under this reader
+        except BlockingIOError:
+            raise
+        except OSError as exc:
+            raise HostError(f"cannot read log of job {self._job_id}: {exc.strerror}") from exc
         return part
 
     def close(self) -> None:

@@ -21,6 +21,9 @@ DATA, GAP, END = 1, 2, 3
 STREAMS = {1: Stream.STDOUT, 2: Stream.STDERR}
 INDEX_PAGE = 128
 """Index records read at once: 4 KiB."""
+HEXADECIMAL = frozenset("0123456789abcdef")
+OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""A segment is a regular file of the shim's: nothing else is followed or waited for."""
 LISTINGS = 100
 """How often a log is listed anew whose segments go away faster than they can be opened."""
 GAP_REASONS = ("write_error", "output_limit")
@@ -46,7 +49,7 @@ class Record:
 def list_segments(directory: Path) -> list[int]:
     """First offsets of the segments that are there, in order. A segment counts once its index exists."""
     names = [name.removesuffix(".idx") for name in os.listdir(directory) if name.endswith(".idx")]
-    return sorted(int(name, 16) for name in names if len(name) == 16)
+    return sorted(int(name, 16) for name in names if len(name) == 16 and HEXADECIMAL.issuperset(name))
 
 
 def segment_path(directory: Path, base: int) -> Path:
@@ -84,9 +87,9 @@ class Segment:
         """Open both files. FileNotFoundError if retention has taken the segment away."""
         path = segment_path(directory, base)
         self.base = base
-        self._index = os.open(f"{path}.idx", os.O_RDONLY | os.O_CLOEXEC)
+        self._index = os.open(f"{path}.idx", OPEN)
         try:
-            self._data = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._data = os.open(path, OPEN)
         except OSError:
             os.close(self._index)
             raise

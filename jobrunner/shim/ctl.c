@@ -32,7 +32,15 @@ static int open_ends(struct job *job, const char *name)
 	return job->ctl_keeper < 0 ? errno : 0;
 }
 
-/* EEXIST if somebody else has claimed the start. */
+/* Whether the directory is where it was given. */
+static bool in_its_place(const struct job *job)
+{
+	struct stat here, there;
+	return fstat(job->places->dir, &here) == 0 && stat(job->plan->dir, &there) == 0 && here.st_dev == there.st_dev &&
+	       here.st_ino == there.st_ino;
+}
+
+/* EEXIST if somebody else has claimed the start; ENOENT if he has removed the job since. */
 int ctl_claim(struct job *job, struct report *why)
 {
 	int dir = job->places->dir, error;
@@ -47,6 +55,11 @@ int ctl_claim(struct job *job, struct report *why)
 	error = open_ends(job, name);
 	if (!error && syscall(SYS_renameat2, dir, name, dir, "ctl", 1U /* RENAME_NOREPLACE */) != 0)
 		error = errno;
+	/* Order: whoever gives a start up moves the directory away before his `ctl` in it goes, so that ours could take its place. */
+	if (!error && !in_its_place(job)) {
+		error = ENOENT;
+		unlinkat(dir, "ctl", 0);
+	}
 	if (!error)
 		return 0;
 	unlinkat(dir, name, 0);

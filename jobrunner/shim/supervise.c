@@ -72,12 +72,22 @@ static void take_stop(struct job *job, bool asked)
 		begin_stop(job, stop.cause, stop.signal, stop.grace_ms);
 }
 
-/* What init says. False if it will say nothing more. */
+/*
+ * What init says. False if it will say nothing more.
+ *
+ * Race: an init that leaves with a request of ours unread gives ECONNRESET, once, and before what it has said, which is still there
+ * (the kernel's net/unix/af_unix.c, unix_release_sock).
+ */
 bool take_messages(struct job *job)
 {
 	struct message message;
 	ssize_t n;
-	while ((n = recv(job->channel, &message, sizeof message, MSG_DONTWAIT)) == (ssize_t)sizeof message) {
+	for (;;) {
+		n = recv(job->channel, &message, sizeof message, MSG_DONTWAIT);
+		if (n < 0 && errno == ECONNRESET)
+			continue;
+		if (n != (ssize_t)sizeof message)
+			break;
 		if (message.kind == SAY_DELIVERED)
 			job->delivered = true;
 		if (message.kind == SAY_EXITED) {

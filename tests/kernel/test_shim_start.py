@@ -137,6 +137,27 @@ def test_of_many_claims_at_once_exactly_one_wins(job: ShimJob) -> None:
     assert len(job.processes()) == 1
 
 
+@pytest.mark.requires("command:strace")
+def test_step_claim_a_start_that_was_given_up_and_removed_never_happens(job: ShimJob, tmp_path: Path) -> None:
+    """The server was killed, and the next one has made `ctl`, moved the directory away and removed all of it but itself."""
+    helper = tmp_path / "helper"
+    inject = "-e trace=renameat2 -e inject=renameat2:delay_enter=700000"
+    helper.write_text(f"#!/bin/sh\nexec strace -D -f -qq -o /dev/null {inject} {binary_path()}\n")
+    helper.chmod(0o755)
+    items = pack_plan(job.plan("true"))
+    removed = tmp_path / "removed"
+
+    def give_up() -> None:
+        wait_until(lambda: any(name.startswith(".ctl.") for name in os.listdir(job.directory)))
+        job.directory.rename(removed)
+
+    server = threading.Thread(target=give_up)
+    server.start()
+    failed(job, job.launch(items, helper), "claim", errno.ENOENT)
+    server.join()
+    assert sorted(os.listdir(removed)) == ["list", "log"]
+
+
 def test_step_log_a_log_directory_that_is_missing(job: ShimJob) -> None:
     job.log.rmdir()
     failed(job, job.start("true"), "log", errno.ENOENT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 
 from jobrunner.shim.exitrecord import Cause, State
 from jobrunner.shim.stopfile import StopRequest, pack_stop, parse_stop
-from tests.support.shim import ShimJob, read_proc, shim_job, wait_until
+from tests.support.shim import ShimJob, read_proc, shim_job, status_field, traced, wait_until
 
 pytestmark = pytest.mark.requires("root")
 
@@ -168,6 +169,21 @@ def test_a_stop_of_a_command_that_has_ended_by_itself_is_not_the_reason(tmp_path
             assert (end.cause, end.wait_status) in [(Cause.OWN, 9 << 8), (Cause.STOPPED, signal.SIGTERM), (Cause.STOPPED, 9 << 8)]
             causes.add(end.cause)
     assert Cause.STOPPED in causes
+
+
+@pytest.mark.requires("command:strace")
+def test_a_signal_that_finds_init_leaving_hides_nothing_of_what_it_said(job: ShimJob) -> None:
+    """init, held up between hearing of its child and reaping it, leaves with the shim's request unread (ECONNRESET)."""
+    job.shell("kill -STOP $$; exit 9")
+    (command,) = job.processes()
+    wait_until(lambda: status_field(command, "State")[:1] == "T")
+    time.sleep(0.1)  # init has heard of that, and waits again
+    with traced(job.init(), "read:delay_enter=1000000"):
+        os.kill(command, signal.SIGCONT)
+        wait_until(lambda: status_field(command, "State")[:1] in ("Z", ""))
+        job.stop(grace=60)
+        end = job.wait()
+    assert (end.cause, end.wait_status) == (Cause.OWN, 9 << 8)
 
 
 def test_a_deadline_ends_a_job(job: ShimJob) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
+import subprocess
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from jobrunner import JobSpec
 from jobrunner.config import RunnerConfig
-from jobrunner.errors import JobNotFound
+from jobrunner.errors import HostError, JobNotFound, LimitReached
 from jobrunner.job import Gap
 from jobrunner.linux.check import Level, everything
 from jobrunner.runner import JobRunner
@@ -123,15 +125,141 @@ async def test_a_marker_that_was_lost_loses_no_job(tmp_path: Path) -> None:
         assert (await again.stop()).end_reason == "stopped"
 
 
-async def test_a_work_directory_that_a_crash_left_the_jobs_own_becomes_roots(tmp_path: Path) -> None:
+def chattr(what: str, file: Path) -> None:
+    subprocess.run(["chattr", what, file], check=True)
+
+
+@pytest.mark.requires("command:chattr")
+async def test_a_uid_is_nobodys_before_what_its_last_job_left_is_roots(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Over restarts too, and without the job's record: here is a file that nobody can take over, until somebody lets go of it."""
+    one_uid = {"job_uids": (0x6FFF0001, 1)}
+    async with open_runner(tmp_path, **one_uid) as runner:
+        job = await runner.start(shell("mkdir /work/d; echo x > /work/d/f; sleep 100"))
+        file = runner.state.directory(job.job_id) / "work" / "d" / "f"
+        with fail_after(10):
+            while not file.exists():  # noqa: ASYNC110 - a job tells nobody what it writes
+                await asyncio.sleep(0.01)
+        chattr("+i", file)
+        try:
+            assert (await job.stop(grace=0)).end_reason == "stopped"
+            with pytest.raises(LimitReached, match="all 1 uids"):
+                await runner.start(JobSpec("true"))
+            await runner.settled()
+        except BaseException:
+            chattr("-i", file)
+            raise
+    assert os.listdir(tmp_path / "state" / "leaving") == [job.job_id]
+    async with open_runner(tmp_path, **one_uid) as runner:
+        assert (await runner.get(job.job_id)).info().end_reason == "stopped"
+        with pytest.raises(LimitReached, match="all 1 uids"):
+            await runner.start(JobSpec("true"))
+        await runner.settled()
+    assert "its uid stays taken" in caplog.text
+    chattr("-i", file)
+    async with open_runner(tmp_path, **one_uid) as runner:
+        await runner.settled()
+        assert {path.lstat().st_uid for path in (file, file.parent, file.parent.parent)} == {0}
+        assert (await run(runner, JobSpec("true"))).exit_code == 0
+    assert os.listdir(tmp_path / "state" / "leaving") == []
+
+
+@pytest.mark.parametrize("name", ["", "job.json"])
+async def test_what_belongs_to_another_user_is_not_believed(tmp_path: Path, name: str) -> None:
     async with open_runner(tmp_path) as runner:
-        info = await run(runner, shell("mkdir /work/inner; echo x > /work/inner/file"))
-        work = runner.state.directory(info.job_id) / "work"
-    for path in (work, work / "inner", work / "inner" / "file"):
-        os.chown(path, 54321, 54321)
-    async with open_runner(tmp_path):
-        pass
-    assert [path.stat().st_uid for path in (work, work / "inner", work / "inner" / "file")] == [0, 0, 0]
+        good, bad = await run(runner, JobSpec("true")), await run(runner, JobSpec("true"))
+        os.chown(runner.state.directory(bad.job_id) / name, 1000, 1000)
+    async with open_runner(tmp_path) as runner:
+        assert [job.job_id for job in await runner.list()] == [good.job_id]
+    assert "belongs to uid 1000" in (tmp_path / "state" / "corrupt" / f"{bad.job_id}.why").read_text()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o720, 1000])
+async def test_a_state_directory_that_others_could_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "state").mkdir(mode=0o700)
+    os.chown(tmp_path / "state", *((1000, 1000) if mode == 1000 else (0, 0)))
+    if mode != 1000:
+        (tmp_path / "state").chmod(mode)
+    with pytest.raises(HostError, match="cannot use state directory .*: (it belongs to uid 1000|other users may write to it)"):
+        async with open_runner(tmp_path):
+            pass
+    assert os.listdir(tmp_path / "state") == []
+
+
+async def test_links_in_place_of_files_lead_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of jobs that ended, and of one that runs: what the links point at is neither read, nor written, nor re-owned, nor removed."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("job.json", "exit", "ctl", "stop", "ctl.file"):
+        (outside / name).write_text("secret\n")
+        os.chown(outside / name, 1000, 1000)
+    async with open_runner(tmp_path) as runner:
+        jobs = {
+            name: await run(runner, shell("echo out; exit 3")) for name in ("job.json", "exit", "stop", "log", "work", "segment")
+        }
+        state = runner.state
+    for name, info in jobs.items():
+        directory = state.directory(info.job_id)
+        place = next((directory / "log").glob("*[0-9a-f]")) if name == "segment" else directory / name
+        place.rename(tmp_path / f"kept-{name}") if os.path.lexists(place) else None
+        place.symlink_to(outside / "job.json" if name == "segment" else outside if name in ("log", "work") else outside / name)
+        (state.leaving / info.job_id).touch()
+    for name in ("corrupt/evil.why", "jobs/evil.why"):
+        (tmp_path / "state" / name).symlink_to(outside / "exit")
+    (tmp_path / "state" / "jobs" / "evil").write_text("x")
+    before = {path.name: (path.read_bytes(), path.stat().st_uid) for path in outside.iterdir()}
+    async with open_runner(tmp_path) as runner:
+        await runner.settled()
+        told = {job.job_id: job for job in await runner.list()}
+        assert jobs["job.json"].job_id not in told
+        assert told[jobs["exit"].job_id].info().end_reason == "lost"
+        for name in ("stop", "work"):
+            assert told[jobs[name].job_id].info().exit_code == 3
+        assert await output(told[jobs["log"].job_id]) == b""
+        with pytest.raises(HostError, match="cannot read log of job .*: Too many levels of symbolic links"):
+            await output(told[jobs["segment"].job_id])
+        for job_id in told:
+            await runner.remove(job_id)
+    assert {path.name: (path.read_bytes(), path.stat().st_uid) for path in outside.iterdir()} == before
+    assert os.listdir(tmp_path / "state" / "jobs") == []
+
+
+async def test_a_running_job_whose_files_are_links_is_left_alone_and_lives(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("mine\n")
+    async with JobRunner.open(RunnerConfig(state_dir=tmp_path / "state")) as runner:
+        job = await runner.start(shell("sleep 100"))
+    directory = tmp_path / "state" / "jobs" / job.job_id
+    (directory / "ctl").rename(directory / "kept")
+    (directory / "ctl").symlink_to(outside)
+    async with JobRunner.open(RunnerConfig(state_dir=tmp_path / "state")) as runner:
+        assert (await runner.get(job.job_id)).status == "running"
+    assert outside.read_text() == "mine\n"
+    (directory / "kept").replace(directory / "ctl")
+    (directory / "job.json").rename(directory / "kept")
+    async with open_runner(tmp_path) as runner:  # a record that is missing is no start that was cut short
+        assert await runner.list() == []
+    (directory / "kept").rename(directory / "job.json")
+    async with open_runner(tmp_path) as runner:
+        assert (await (await runner.get(job.job_id)).stop()).end_reason == "stopped"
+
+
+async def test_a_job_whose_record_is_missing_is_set_aside_and_not_removed(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        info = await run(runner, shell("echo out"))
+        (runner.state.directory(info.job_id) / "job.json").unlink()
+    async with open_runner(tmp_path) as runner:
+        assert await runner.list() == []
+    assert (tmp_path / "state" / "corrupt" / info.job_id / "log").is_dir()
+
+
+async def test_foreign_files_in_a_log_are_passed_over(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        info = await run(runner, shell("echo out"))
+        log = runner.state.directory(info.job_id) / "log"
+    for name in ("notes", "zzzzzzzzzzzzzzzz.idx", "000000000000000G.idx", ".nfs0001", "0000.idx"):
+        (log / name).write_text("x")
+    async with open_runner(tmp_path) as runner:
+        assert await output(await runner.get(info.job_id)) == b"out\n"
 
 
 async def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path) -> None:
@@ -143,10 +271,8 @@ async def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "state" / "removed") == []
 
 
-@pytest.mark.parametrize("name", ["jobs", "running", "lock", "corrupt"])
+@pytest.mark.parametrize("name", ["jobs", "running", "leaving", "lock", "corrupt"])
 async def test_a_state_directory_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
-    from jobrunner.errors import HostError
-
     (tmp_path / "state").mkdir()
     place = tmp_path / "state" / name
     place.mkdir() if name == "lock" else place.write_text("x")

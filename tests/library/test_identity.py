@@ -31,6 +31,16 @@ def test_one_that_was_found_running_is_nobody_elses() -> None:
     assert [uids.take(), uids.take()] == [102, 101]
 
 
+def test_one_that_is_held_twice_is_free_when_both_gave_it_back() -> None:
+    uids = Identities(100, 1, 100)
+    uids.hold(uids.take())
+    uids.give_back(100)
+    with pytest.raises(LimitReached):
+        uids.take()
+    uids.give_back(100)
+    assert uids.take() == 100
+
+
 def test_it_begins_anywhere_in_its_range() -> None:
     assert {Identities(100, 3).take() for _ in range(200)} == {100, 101, 102}
 

@@ -53,7 +53,8 @@ class Life:
             ("write", segment, self.files[segment]),
             ("write", f"{segment}.idx", self.files[f"{segment}.idx"]),
             ("whole", f"{job}/exit", ended),
-            ("unlink", f"running/{self.job_id}", b""),
+            ("leave", f"running/{self.job_id}", b""),
+            ("unlink", f"leaving/{self.job_id}", b""),
             ("rename", f"removed/{self.job_id}", b""),
         ]
 
@@ -82,6 +83,8 @@ def replay(state: Path, life: Life, count: int, part: float) -> str:
                 os.mkfifo(path)
             case "unlink":
                 path.unlink()
+            case "leave":
+                path.rename(state / "leaving" / life.job_id)
             case "rename" if path.name == "job.json":
                 path.with_name(".job.json.new").rename(path)
             case "rename":
@@ -117,7 +120,7 @@ async def told(runner: JobRunner, job_id: str) -> tuple[str, int | None, bytes]:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(count=st.integers(0, 12), part=st.floats(0, 1))
+@given(count=st.integers(0, 13), part=st.floats(0, 1))
 def test_any_prefix_is_explained_by_the_rules(life: Life, count: int, part: float) -> None:
     import asyncio
 
@@ -136,12 +139,12 @@ async def check(path: Path, life: Life, count: int, part: float) -> None:
     for _ in range(2):  # once more: what was found is now what is there
         async with open_runner(path) as runner:
             jobs = [job.job_id for job in await runner.list()]
-            if count < 7 or count > 11:  # rows 2 to 5, and 11: nothing was executed, or it is removed
+            if count < 7 or count > 12:  # rows 2 to 5, and 12: nothing was executed, or it is removed
                 assert jobs == []
             else:
                 assert jobs == [life.job_id]
                 reason, code, out = await told(runner, life.job_id)
-                assert (reason, code) == (("lost", None) if count < 10 else ("exited", 3))  # row 6, rows 9 and 10
+                assert (reason, code) == (("lost", None) if count < 10 else ("exited", 3))  # row 6, rows 9 to 11
                 assert OUT.startswith(out) and (count < 9 or out == OUT)  # row 7
                 again = await runner.start(SPEC)
                 assert again.job_id == life.job_id
@@ -151,6 +154,6 @@ async def check(path: Path, life: Life, count: int, part: float) -> None:
 
 def test_the_table_names_every_file(life: Life) -> None:
     formats = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
-    for word in ("job.json", "ctl", "exit", "running/<id>", "removed/<id>", "requests", "stop"):
+    for word in ("job.json", "ctl", "exit", "running/<id>", "leaving/<id>", "removed/<id>", "requests", "stop"):
         assert f"`{word}`" in formats
     assert JobSpec(SPEC.command, SPEC.args).request_id == ""

@@ -68,6 +68,47 @@ async def test_a_removed_job_is_not_started_again_for_a_day(tmp_path: Path, monk
         assert (await runner.start(ONCE)).job_id != job.job_id
 
 
+async def test_a_clock_that_was_set_back_forgets_no_request_id_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_runner(tmp_path) as runner:
+        job = await runner.start(ONCE)
+        await job.wait()
+        await runner.remove(job.job_id)
+    true = time.time()
+    for now in (true - 3600, true - 100 * KEEP, true - 100 * KEEP + KEEP - 60):
+        monkeypatch.setattr("jobrunner.requests.time.time", lambda now=now: now)
+        async with open_runner(tmp_path) as runner:
+            with pytest.raises(JobRemoved):
+                await runner.start(ONCE)
+    monkeypatch.setattr("jobrunner.requests.time.time", lambda: true - 100 * KEEP + KEEP + 60)
+    async with open_runner(tmp_path) as runner:
+        assert (await runner.start(ONCE)).job_id != job.job_id
+
+
+async def test_the_record_keeps_its_request_id_whatever_its_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_runner(tmp_path) as runner:
+        job = await runner.start(ONCE)
+        await job.wait()
+    later = time.time() + 10 * KEEP
+    monkeypatch.setattr("jobrunner.requests.time.time", lambda: later)
+    async with open_runner(tmp_path) as runner:
+        assert (await runner.start(ONCE)).job_id == job.job_id
+
+
+async def test_duplicates_that_come_while_the_ids_are_loaded_are_one_job_of_each_user(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        first = await runner.start(JobSpec("true"))
+        await first.wait()
+        before = await runner.start(ONCE, user="a")
+        await before.wait()
+    multiply(tmp_path / "state", first.job_id, 300)
+    async with JobRunner.open(RunnerConfig(state_dir=tmp_path / "state"), wait=False) as runner:
+        assert not runner.catalog.loaded.is_set()
+        starts = [runner.start(ONCE, user=user) for user in ("a", "b") for _ in range(5)]
+        ids = [job.job_id for job in await asyncio.gather(*starts)]
+        assert set(ids[:5]) == {before.job_id}
+        assert len(set(ids[5:])) == 1 and ids[5] != ids[0]
+
+
 async def test_a_start_that_failed_may_be_asked_for_again(tmp_path: Path) -> None:
     spec = JobSpec("/nosuch", request_id="once")
     async with open_runner(tmp_path) as runner:

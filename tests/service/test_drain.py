@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
 import pytest
 
-from jobrunner.errors import Unavailable
+from jobrunner.client import ClientJob
+from jobrunner.errors import JobRunnerError, Unavailable
 from tests.support.daemon import ServerProcess
 from tests.support.timing import fail_after
 
@@ -43,6 +45,35 @@ async def test_the_server_serves_on_and_leaves_when_the_last_job_has_ended(priva
         assert await anyio.to_thread.run_sync(private_server.process.wait) == 0
     draining.communicate()
     private_server.end()
+
+
+async def test_a_signal_ends_the_draining_and_a_second_one_the_shutdown_and_the_jobs_run_on(private_server: ServerProcess) -> None:
+    with fail_after(30):
+        async with private_server.client() as client:
+            job = await client.start("sh", "-c", "trap 'echo asked' TERM; echo up; while :; do sleep 0.05; done", grace=60.0)
+            draining = drain(private_server)
+            assert draining.stdout is not None
+            await anyio.to_thread.run_sync(draining.stdout.readline)
+            async with job.log() as reader, anyio.create_task_group() as tasks:
+                assert await reader.next_line()
+                tasks.start_soon(stopped, job)
+                assert await reader.next_line()  # the stop is under way, which holds a shutdown up
+                private_server.process.send_signal(signal.SIGTERM)
+                while b"shutting down" not in private_server.log:  # noqa: ASYNC110 - another process's words
+                    await anyio.sleep(0.01)
+                assert private_server.process.poll() is None
+                private_server.process.send_signal(signal.SIGINT)
+                assert await anyio.to_thread.run_sync(private_server.process.wait) == 128 + signal.SIGINT
+                tasks.cancel_scope.cancel()
+        _, err = await anyio.to_thread.run_sync(draining.communicate)
+        assert err == f"jobrunnerd: cannot drain {private_server.state}: the server has left, and 1 jobs run on\n"
+    private_server.end()
+    await anyio.run_process([JOBRUNNERD, "stop-jobs", f"--state-dir={private_server.state}", "--grace=0"])
+
+
+async def stopped(job: ClientJob) -> None:
+    with suppress(JobRunnerError):
+        await job.stop()
 
 
 async def test_a_server_that_is_killed_is_not_told_as_drained(private_server: ServerProcess) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import anyio.to_thread
 import pytest
 
 from jobrunner.config import RunnerConfig, load
@@ -12,6 +13,8 @@ from jobrunner.errors import ConfigError
 from jobrunner.job import EndReason, JobInfo
 from jobrunner.runner import JobRunner
 from tests.service.test_jobrunnerd import ENVIRONMENT, client, daemon, serve_args
+from tests.support.crash import assert_exactly
+from tests.support.runner import open_runner
 
 STOP = ENVIRONMENT | {"JOBRUNNERD_ON_SHUTDOWN": "stop", "JOBRUNNERD_SHUTDOWN_GRACE": "200ms"}
 
@@ -48,6 +51,22 @@ async def test_a_job_that_does_not_leave_is_killed_after_the_shutdown_grace_not_
         assert await server.exit_code() == 0
     info = await left_behind(tmp_path, job.job_id)
     assert (info.end_reason, info.signal) == (EndReason.SHUTDOWN, signal.SIGKILL)
+
+
+@pytest.mark.requires("root")
+@pytest.mark.parametrize("word", ["keep", "stop"])
+async def test_fifty_jobs_run_on_or_are_all_gone(tmp_path: Path, word: str) -> None:
+    settings = STOP | {"JOBRUNNERD_ON_SHUTDOWN": word, "JOBRUNNERD_SHUTDOWN_GRACE": "5s"}
+    async with daemon(*serve_args(tmp_path), env=settings) as server:
+        async with client(tmp_path, await server.line("listening on ")) as admin:
+            jobs = [await admin.start("sleep", "1000") for _ in range(50)]
+            server.process.send_signal(signal.SIGTERM)
+        assert await server.exit_code() == 0
+    ids = [job.job_id for job in jobs]
+    await anyio.to_thread.run_sync(assert_exactly, tmp_path / "state", *((ids, []) if word == "keep" else ([], ids)))
+    async with open_runner(tmp_path) as runner:
+        infos = [(await runner.get(job_id)).info() for job_id in ids]
+        assert {info.end_reason for info in infos} == {None if word == "keep" else EndReason.SHUTDOWN}
 
 
 def test_any_other_word_is_refused() -> None:

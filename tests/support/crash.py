@@ -22,6 +22,7 @@ CALLS = {
     "mkdir": "mkdir,mkdirat",
     "unlink": "unlink,unlinkat,rmdir",
     "clone": "clone,clone3,vfork,fork",
+    "chown": "chown,lchown,fchown,fchownat",
 }
 """What a server is killed at: a name, and the system calls of that name."""
 
@@ -71,11 +72,29 @@ def mounts(state: Path) -> list[str]:
     return [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if f"{state.resolve()}/" in line]
 
 
+def open_files(pid: int) -> list[str]:
+    """What a process has open, by kind, but for its connections."""
+    links = [link_of(pid, f"fd/{name}").partition(":[")[0] for name in os.listdir(f"/proc/{pid}/fd")]
+    return sorted(link for link in links if link not in ("", "socket"))
+
+
+def owned(state: Path) -> list[str]:
+    """Ids of the jobs of which files are not root's."""
+    found = set()
+    for directory in (state / "jobs").iterdir():
+        trees = [directory / "work", *(directory / "work").rglob("*")]
+        if any(path.lstat().st_uid != 0 for path in trees if os.path.lexists(path)):
+            found.add(directory.name)
+    return sorted(found)
+
+
 def state_of(state: Path) -> dict[str, list[str]]:
     """What is there of jobs on this host, by kind."""
     return {
         "records": sorted(os.listdir(state / "jobs")),
         "markers": sorted(os.listdir(state / "running")),
+        "leaving": sorted(os.listdir(state / "leaving")),
+        "owned": owned(state),
         "removed": sorted(os.listdir(state / "removed")),
         "corrupt": sorted(os.listdir(state / "corrupt")),
         "cgroups": cgroups(state),
@@ -90,6 +109,8 @@ def assert_exactly(state: Path, running: Collection[str], kept: Collection[str],
     wanted = {
         "records": sorted([*running, *kept]),
         "markers": alive,
+        "leaving": [],
+        "owned": alive,
         "removed": [],
         "corrupt": [],
         "mounts": [],

@@ -33,8 +33,10 @@ USERS = {"admin": "admin", "viewer": "viewer", "nobody": "operators"}
 class ServerProcess:
     """A running server. `address` is where it listens, `log` what it has written."""
 
-    def __init__(self, directory: Path, *options: str, listen: str = "127.0.0.1:0", before: Sequence[str] = ()) -> None:
-        """`before` is what the command begins with, if it is to be executed by something."""
+    def __init__(
+        self, directory: Path, *options: str, listen: str = "127.0.0.1:0", before: Sequence[str] = (), patience: float = 20
+    ) -> None:
+        """`before` is what the command begins with, if it is to be executed by something; in `patience` seconds it must be up."""
         self.certs = directory / "certs"
         self.state = directory / "state"
         self.stranger = directory / "stranger"
@@ -49,7 +51,7 @@ class ServerProcess:
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self._ready.wait(20)
+        self._ready.wait(patience)
         found = READY.search(self.log)
         if found is None:
             self.end(signal.SIGKILL)

@@ -220,6 +220,20 @@ def status_field(pid: int, name: str) -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(f"{name}:")), "")
 
 
+@contextmanager
+def traced(pid: int, inject: str) -> Iterator[None]:
+    """strace on this process, which does to a system call of it what `inject` says (strace(1), --inject)."""
+    nowhere = subprocess.DEVNULL
+    what = ("-e", f"trace={inject.partition(':')[0]}", "-e", f"inject={inject}")
+    command = ["strace", "-qq", "-o", "/dev/null", *what, "-p", str(pid)]
+    with subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere) as strace:
+        try:
+            wait_until(lambda: status_field(pid, "TracerPid") not in ("0", ""), 20)
+            yield
+        finally:
+            strace.terminate()
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
     """Until this is so; for what the kernel tells by no event."""
     deadline = time.monotonic() + seconds

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# In the virtual machine, as a service with Delegate=yes: runs pytest, and tells its exit code on the second serial line.
+# In the virtual machine, as a service with Delegate=yes: runs /disk/command, and tells its exit code on the second serial line.
 set -uo pipefail
 result=1
 trap 'echo "$result" >/dev/ttyS1' EXIT
@@ -25,6 +25,5 @@ export JOBRUNNER_MUST_RUN=1 JOBRUNNER_IN_VM=1
 JOBRUNNER_TIME_FACTOR=$(</disk/factor)
 export JOBRUNNER_TIME_FACTOR
 cd /disk/checkout || exit
-eval "set -- $(</disk/arguments)"
-python -m pytest -p no:cacheprovider --timeout=$((60 * JOBRUNNER_TIME_FACTOR)) --durations=15 --basetemp=/disk/tmp/pytest "$@"
+eval "$(</disk/command)"
 result=$?

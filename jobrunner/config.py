@@ -304,6 +304,8 @@ def _from_file(file: Path) -> tuple[dict[str, Any], dict[str, Limits]]:
         raise ConfigError(what, exc.strerror or str(exc)) from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(what, str(exc)) from exc
+    except RecursionError as exc:
+        raise ConfigError(what, "its values are nested too deeply") from exc
     given = {name: raw.pop(name, {}) for name in ("defaults", "ceilings")}
     offered = {name: raw.pop(name, {}) for name in TABLES}
     found = dict(_converted(what, raw, KEYS))
@@ -338,10 +340,14 @@ def _limits(what: str, given: Mapping[str, object]) -> dict[str, Limits]:
             tables[name] = Limits(**base | values | dict.fromkeys(unset))
         except InvalidRequest as exc:
             raise ConfigError(what, f"{name}.{exc.field.removeprefix('limits.')}: {exc.reason}") from exc
+    set_by_hand = given["defaults"] if isinstance(given["defaults"], dict) else {}
     for key in LIMIT_KEYS:
         default, ceiling = (getattr(tables[name], key) for name in ("defaults", "ceilings"))
-        if None not in (default, ceiling) and default > ceiling:
+        if None in (default, ceiling) or default <= ceiling:
+            continue
+        if key in set_by_hand:
             raise ConfigError(what, f"defaults.{key}: {default} is above ceilings.{key}, {ceiling}")
+        tables["defaults"] = replace(tables["defaults"], **{key: ceiling})  # jobrunner's own default gives way
     return tables
 
 

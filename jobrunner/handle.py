@@ -14,6 +14,7 @@ from jobrunner.job import Ending, Job, JobInfo, JobStatus, Stream, Usage, signal
 from jobrunner.log import Log, LogReader
 from jobrunner.output import Selection
 from jobrunner.shim.stopfile import StopRequest
+from jobrunner.spec import MAX_GRACE
 
 if TYPE_CHECKING:
     from jobrunner.linux.cgroup import JobCgroup
@@ -90,8 +91,8 @@ class RunnerJob:
         back. Raises StopFailed if the tree is not gone 5 s after the kill.
         """
         seconds = self._own_grace() if grace is None else grace
-        if not 0 <= seconds <= 86400:
-            raise InvalidRequest("grace", f"{seconds} is not between 0 and 86400", verb=f"stop job {self.job_id}")
+        if not 0 <= seconds <= MAX_GRACE:
+            raise InvalidRequest("grace", f"{seconds} is not between 0 and {MAX_GRACE}", verb=f"stop job {self.job_id}")
         return await self._end("stopped", seconds, by)
 
     async def end_with_server(self, grace: float, by: str) -> JobInfo:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, fields, replace
 
 from jobrunner.errors import InvalidRequest
 
-__all__ = ["Limits", "OutputPolicy", "check_number"]
+__all__ = ["MAX_IOPS", "Limits", "OutputPolicy", "check_number"]
 
 MAX_SECONDS = 10 * 365 * 86400.0
 MAX_SIZE = 1 << 62
 MIN_MEMORY = 1 << 20
 MIN_DIRECTORY = 1 << 16
+MAX_IOPS = (1 << 32) - 2
+"""The kernel takes 32 bits of operations a second, and all ones for no limit."""
 MIN_OUTPUT = 1 << 16
 """The shim writes and drops in eighths of the limit, and no less than 4 KiB at once."""
 
@@ -65,9 +67,11 @@ class Limits:
         check_number("limits.idle_timeout", self.idle_timeout, 0.001, MAX_SECONDS)
 
     def over(self, defaults: Limits) -> Limits:
-        """These limits, with the defaults' values wherever none is set here."""
-        missing = {f.name: getattr(defaults, f.name) for f in fields(self) if getattr(self, f.name) is None}
-        return replace(self, **missing)
+        """These limits, with the defaults' values wherever none is set here: what is applied, and no more than can be."""
+        values = {f.name: getattr(defaults if getattr(self, f.name) is None else self, f.name) for f in fields(self)}
+        for name in ("read_iops", "write_iops"):
+            values[name] = values[name] and min(values[name], MAX_IOPS)
+        return replace(self, **values)
 
     def check_ceilings(self, ceilings: Limits) -> None:
         """Raise InvalidRequest for the first limit that is above its ceiling, or unset where a ceiling is."""

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from jobrunner.errors import InvalidRequest
 from jobrunner.limits import Limits, check_number
 
-__all__ = ["JobSpec", "is_job_id", "is_name", "os_bytes", "signal_name", "signal_number"]
+__all__ = ["MAX_GRACE", "JobSpec", "is_job_id", "is_name", "os_bytes", "signal_name", "signal_number"]
 
 MAX_ARG = 131071
 """Longest argument or NAME=VALUE, in bytes without its NUL: MAX_ARG_STRLEN - 1, execve(2)."""
@@ -21,6 +21,8 @@ MAX_ARGS_TOTAL = 1 << 20
 MAX_ARGS = 32_000
 """Arguments, and half as many variables: what can be asked for can also be answered in one message (wire/codec.py)."""
 MAX_NAME = 128
+MAX_GRACE = 86400
+"""Seconds."""
 MAX_LABELS = 64
 MAX_VOLUMES = 64
 NETWORKS = ("none", "host")
@@ -92,7 +94,7 @@ class JobSpec:
         if len(self.request_id) > MAX_NAME or "\0" in self.request_id:
             raise InvalidRequest("request_id", f"is longer than {MAX_NAME} characters or has a NUL")
         signal_number(self.stop_signal)
-        check_number("grace", self.grace, 0, 86400)
+        check_number("grace", self.grace, 0, MAX_GRACE)
         _check_places(self)
 
 

@@ -196,6 +196,8 @@ def _list_of(directory: Path) -> tuple[list[int], list[str]]:
         held = x509.load_pem_x509_crl((directory / "crl.pem").read_bytes())
     except OSError:
         return [], ["there is no revocation list: `jobrunner certs renew` makes one"]
+    except ValueError:
+        return [], ["crl.pem holds no revocation list in PEM form, and servers refuse to use it"]
     left = (held.next_update_utc or datetime.now(UTC)) - datetime.now(UTC)
     warnings = []
     if left.total_seconds() <= 0:

@@ -13,25 +13,20 @@ from typing import TYPE_CHECKING
 
 from jobrunner import errors
 from jobrunner.job import JobInfo, JobStatus
+from jobrunner.stdio import OutputFailed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CODES", "ENDED_WITHOUT_CODE", "INTERRUPTED", "PIPE_CLOSED", "USAGE", "OutputFailed", "exit_code", "job_exit_code"]
+__all__ = ["CODES", "ENDED_WITHOUT_CODE", "INTERRUPTED", "USAGE", "exit_code", "job_exit_code"]
 
 USAGE = 2
 INTERRUPTED = 130
 """128 + SIGINT, as a shell says it."""
-PIPE_CLOSED = 141
-"""128 + SIGPIPE: whoever read standard output is gone. Without a line, as for any other program in a pipe."""
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
 ENDED_WITHOUT_CODE = 125
 """A job that did not complete, and has neither a signal nor a code other than 0: `lost`, or stopped and then exited with 0."""
-
-
-class OutputFailed(errors.JobRunnerError):
-    """This process's own output cannot be written."""
 
 
 CODES: Mapping[type[errors.JobRunnerError], int] = MappingProxyType(
@@ -44,7 +39,7 @@ CODES: Mapping[type[errors.JobRunnerError], int] = MappingProxyType(
         errors.InternalError: 70,  # EX_SOFTWARE
         errors.HostError: 71,  # EX_OSERR: the server's host lacks what jobs need
         errors.StopFailed: 72,
-        errors.StartFailed: 73,  # EX_CANTCREAT; 126 and 127 for a command that cannot be executed or is not there
+        errors.StartFailed: 73,  # EX_CANTCREAT; 126 and 127 for a command that cannot be executed or is not there, as a shell's
         OutputFailed: 74,  # EX_IOERR
         errors.LimitReached: 75,  # EX_TEMPFAIL
         errors.Unsupported: 76,  # EX_PROTOCOL: the server is too old
@@ -62,10 +57,7 @@ CODES: Mapping[type[errors.JobRunnerError], int] = MappingProxyType(
 def exit_code(error: errors.JobRunnerError) -> int:
     """The code of an error: its own, or that of the nearest class above it."""
     if isinstance(error, errors.StartFailed) and error.step == "exec":
-        if error.errno == errno.ENOENT:
-            return NOT_FOUND
-        if error.errno in (errno.EACCES, errno.EPERM, errno.ENOEXEC, errno.EISDIR):
-            return NOT_EXECUTABLE
+        return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
     return next(CODES[cls] for cls in type(error).__mro__ if cls in CODES)
 
 

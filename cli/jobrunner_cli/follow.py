@@ -12,11 +12,12 @@ import anyio
 
 from jobrunner.errors import InternalError
 from jobrunner.job import EndReason, Gap, JobInfo, JobSpec, Stream
-from jobrunner_cli.exitcodes import INTERRUPTED, OutputFailed, job_exit_code
+from jobrunner.stdio import STDERR, STDOUT, OutputClosed, OutputFailed
+from jobrunner_cli.exitcodes import INTERRUPTED, job_exit_code
 from jobrunner_cli.session import warn
 from jobrunner_cli.show import ending, hint
 from jobrunner_cli.stamp import Stamper
-from jobrunner_cli.writer import STDERR, STDOUT, OutputClosed, OutputWriter
+from jobrunner_cli.writer import OutputWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -73,7 +74,8 @@ async def _write(writer: OutputWriter, pieces: Iterable[tuple[Stream, bytes]]) -
 async def run_job(client: JobClient, spec: JobSpec) -> int:
     """Start a job, copy its output, and return the exit code that stands for its end.
 
-    The first SIGINT or SIGTERM stops the job and its output is followed to its end; the second leaves at once.
+    The first SIGINT, SIGTERM or SIGHUP (the terminal is gone) stops the job, and its output is followed to its end; the second
+    leaves at once.
     """
     with _interrupts() as interrupted:
         job = await client.start(spec)
@@ -114,7 +116,10 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[asyncio.Event]:
-    """Set by the first SIGINT or SIGTERM; the second ends the process. On systems without such handlers Ctrl-C just leaves."""
+    """Set by the first of these signals; the second ends the process. On systems without such handlers Ctrl-C just leaves.
+
+    What was ignored when this process was started stays so: as with `nohup`, and Ctrl-C for what a shell runs in the background.
+    """
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
 
@@ -125,7 +130,8 @@ def _interrupts() -> Iterator[asyncio.Event]:
             os._exit(INTERRUPTED)
         event.set()
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    there = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
+    numbers = [number for number in there if signal.getsignal(number) is not signal.SIG_IGN]
     try:
         for number in numbers:
             loop.add_signal_handler(number, interrupt)

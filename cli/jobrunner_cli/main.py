@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
 import typer
 
 from jobrunner.errors import InternalError, JobRunnerError
+from jobrunner.stdio import PIPE_CLOSED, STDOUT, OutputClosed, Unbuffered, fill_descriptors
 from jobrunner_cli.commands import app
-from jobrunner_cli.exitcodes import INTERRUPTED, PIPE_CLOSED, USAGE, exit_code
+from jobrunner_cli.exitcodes import INTERRUPTED, USAGE, exit_code
 from jobrunner_cli.session import warn
-from jobrunner_cli.writer import OutputClosed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +21,8 @@ __all__ = ["main", "run"]
 
 def main() -> None:
     """The console script."""
-    _fill_standard_descriptors()
+    fill_descriptors()
+    sys.stdout = Unbuffered(STDOUT)
     sys.exit(run(sys.argv[1:]))
 
 
@@ -46,15 +46,3 @@ def run(args: Sequence[str]) -> int:
     except Exception as exc:
         warn(f"internal error: {exc!r}")
         return exit_code(InternalError(str(exc)))
-
-
-def _fill_standard_descriptors() -> None:
-    """Keep a connection from becoming descriptor 1 where a caller closed it: a job's output would be written into it.
-
-    Opened the wrong way round, so that using one still fails with EBADF, as if it were closed.
-    """
-    for fd, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDONLY)):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, flags)

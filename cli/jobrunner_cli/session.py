@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from jobrunner.errors import ConfigError
-from jobrunner_cli.writer import STDERR, STDOUT, write_all
+from jobrunner.stdio import STDERR, STDOUT, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -13,8 +13,8 @@ from enum import Enum
 from typing import Any
 
 from jobrunner.job import EndReason, JobInfo, Limits, Usage, Workspace
+from jobrunner.stdio import STDERR
 from jobrunner.units import format_duration, format_size
-from jobrunner_cli.writer import STDERR
 
 __all__ = ["as_json", "details", "ending", "hint", "table", "workspaces"]
 

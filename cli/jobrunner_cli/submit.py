@@ -61,6 +61,7 @@ __all__ = [
     "words",
 ]
 
+MAX_ENV_FILE = 4 << 20
 T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
 Text = str | None
@@ -149,9 +150,12 @@ def file_pairs(files: Iterable[str]) -> dict[str, str]:
     lines: list[str] = []
     for file in files:
         try:
-            text = Path(file).read_text(encoding="utf-8")
+            with Path(file).open("rb") as opened:
+                text = opened.read(MAX_ENV_FILE + 1).decode()
         except (OSError, UnicodeDecodeError) as exc:
             raise ConfigError(f"environment file {file}", getattr(exc, "strerror", None) or "it is not UTF-8") from exc
+        if len(text) > MAX_ENV_FILE:
+            raise ConfigError(f"environment file {file}", f"it is longer than {MAX_ENV_FILE} bytes, more than any job can be given")
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip() and not line.startswith("#"):
                 if not line.partition("=")[0].strip() or "=" not in line:
@@ -205,7 +209,7 @@ def _integer(text: str) -> int:
 
 def _moment(text: str) -> float:
     with contextlib.suppress(ValueError):
-        return time.time() - parse_duration(text)
+        return max(0.0, time.time() - parse_duration(text))  # before 1970 there is no output
     try:
         return datetime.fromisoformat(text).timestamp()
     except (ValueError, OverflowError, OSError):

@@ -9,23 +9,15 @@ write that never returns does not keep the process.
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 import queue
-import select
 import threading
 
-from jobrunner_cli.exitcodes import OutputFailed
+from jobrunner.stdio import OutputClosed, OutputFailed, write_all
 
-__all__ = ["STDERR", "STDOUT", "OutputClosed", "OutputWriter", "write_all"]
+__all__ = ["OutputWriter"]
 
-STDOUT, STDERR = 1, 2
 HELD = 4 * 1024 * 1024
 """Bytes that wait for the thread at most, and one chunk more."""
-
-
-class OutputClosed(Exception):
-    """Whoever read this process's output is gone."""
 
 
 class OutputWriter:
@@ -76,21 +68,3 @@ class OutputWriter:
                 self._loop.call_soon_threadsafe(self._written, len(data), error)
             except RuntimeError:  # the loop is closed: the process is on its way out
                 return
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """write(2) until all of it is written, also to a pipe that another process made non-blocking.
-
-    Raises OutputClosed when the reader is gone, OutputFailed for everything else.
-    """
-    rest = memoryview(data)
-    while rest:
-        try:
-            rest = rest[os.write(fd, rest) :]
-        except BlockingIOError:
-            select.select((), (fd,), ())
-        except OSError as exc:
-            if exc.errno == errno.EPIPE:
-                raise OutputClosed from exc
-            name = "standard output" if fd == STDOUT else "standard error"
-            raise OutputFailed(f"cannot write to {name}: {exc.strerror}") from exc

@@ -18,9 +18,10 @@ from jobrunner.client.channel import ClientChannel
 from jobrunner.client.errors import Interrupted, translated
 from jobrunner.client.reader import ClientOutputReader, OutputCall
 from jobrunner.client.resume import Attempts, Connection
-from jobrunner.errors import ConfigError, InternalError, JobNotFound, JobRunnerError, LimitReached, StopFailed
+from jobrunner.errors import ConfigError, InternalError, InvalidRequest, JobNotFound, JobRunnerError, LimitReached, StopFailed
 from jobrunner.job import EndReason, JobInfo, JobSpec, JobStatus, Limits, Stream, Workspace
 from jobrunner.output import Selection
+from jobrunner.spec import MAX_GRACE
 from jobrunner.tls import client_context
 from jobrunner.units import parse_address
 from jobrunner.wire import messages as pb
@@ -300,6 +301,8 @@ class ClientJob:
 
     async def stop_told(self, grace: float | None = None) -> tuple[JobInfo, str]:
         """As `stop`, with the server's sentence, which says whether the job had ended already."""
+        if grace is not None and not 0 <= grace <= MAX_GRACE:
+            raise InvalidRequest("grace", f"{grace} is not between 0 and {MAX_GRACE}", verb=f"stop job {self.job_id}")
         request = pb.JobStopRequest(job_id=self.job_id, grace=timedelta_from_seconds(grace))
         verb = f"stop job {self.job_id}"
         timeout = None if grace is None else self._client.timeout + grace

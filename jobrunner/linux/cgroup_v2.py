@@ -112,9 +112,9 @@ class CgroupV2Host:
             self.close()
             raise HostError(f"cannot use cgroup {top}: this user may not move processes there from {own}; {kernfs.remedy()}")
         self._above = above(dict.fromkeys(CONTROLLERS, self._jobs))
-        offered = kernfs.read(top / "cgroup.controllers").split()
-        self._controllers = tuple(name for name in CONTROLLERS if name in offered)
         try:
+            offered = kernfs.read(top / "cgroup.controllers").split()
+            self._controllers = tuple(name for name in CONTROLLERS if name in offered)
             _hand_down_from(top, base, self._controllers)
             for directory in (base, self._jobs):
                 _hand_down(directory, self._controllers)
@@ -214,7 +214,10 @@ def _hand_down_from(top: Path, base: Path, controllers: Iterable[str]) -> None:
         try:
             _hand_down(top, controllers)
         except OSError as again:
-            reason = "other processes are in it; start the server in a cgroup of its own (systemd: Delegate=yes)"
+            reason = (
+                "other processes are in it; start the server in a cgroup of its own: systemd-run --scope -p Delegate=yes "
+                "jobrunnerd ...; systemd unit: Delegate=yes"
+            )
             raise HostError(f"cannot hand down cgroup controllers from {top}: {reason}") from again
 
 

@@ -10,11 +10,20 @@ from jobrunner.linux.check_birth import quick
 from jobrunner.linux.check_bounds import bounds
 from jobrunner.linux.check_cgroup import cgroups, limits_apply
 from jobrunner.linux.check_work import work, workspaces
-from jobrunner.linux.finding import Finding, Level, Needs, refuse
+from jobrunner.linux.finding import Finding, Level, Needs, looked, refuse
 
 __all__ = ["Finding", "Level", "Needs", "everything", "limits_apply", "quick", "refuse", "workspaces"]
 
 
 def everything(needs: Needs) -> list[Finding]:
     """All findings, in the order in which they are worth mending. Leaves nothing behind."""
-    return [*quick(needs), *cgroups(needs), *bounds(needs), work(needs), workspaces(needs)]
+    birth = list(looked("birth", lambda: quick(needs)))
+    if birth[-1].name in ("system", "/proc"):
+        return birth  # nothing can be looked at there
+    return [
+        *birth,
+        *looked("cgroup", lambda: cgroups(needs)),
+        *looked("bounds", lambda: bounds(needs)),
+        *looked("work directories", lambda: [work(needs)]),
+        *looked("workspaces", lambda: [workspaces(needs)]),
+    ]

@@ -14,46 +14,22 @@ from pathlib import Path
 from jobrunner.errors import HostError
 from jobrunner.linux import check_user
 from jobrunner.linux.finding import Finding, Level, Needs, from_error
+from jobrunner.linux.remedies import NEEDED, SHIM, capabilities, of_step
 from jobrunner.linux.seccomp import compile_filter
 from jobrunner.linux.user import is_root
 
 __all__ = ["quick"]
 
-NEEDED = {
-    "CAP_SYS_ADMIN": 21,
-    "CAP_NET_ADMIN": 12,
-    "CAP_SETUID": 7,
-    "CAP_SETGID": 6,
-    "CAP_SETPCAP": 8,
-    "CAP_KILL": 5,
-    "CAP_CHOWN": 0,
-    "CAP_DAC_OVERRIDE": 1,
-}
-"""capabilities(7): namespaces and mounts; a job's loopback interface; its uid, its gid, its empty bounding set; signals to it; its
-pipes and its work directory given to it; what it left there removed."""
+PROC = Path("/proc")
 KERNEL = (5, 12)
 """mount_setattr(2); close_range(2) with CLOSE_RANGE_CLOEXEC is of 5.11, CLONE_INTO_CGROUP of 5.7."""
 PROBE = re.compile(r"(\S+) (?:started|failed (\S+) (\d+) (.*))")
 NAMESPACES = ("pid", "mount", "network", "ipc", "uts", "cgroup")
 
-_NAMES = [name.removeprefix("CAP_") for name in NEEDED]
-_CAPABILITIES = (
-    f"docker: {' '.join(f'--cap-add {name}' for name in _NAMES)}; compose: cap_add: [{', '.join(_NAMES)}]; "
-    f"systemd: CapabilityBoundingSet= must hold {' '.join(NEEDED)}"
-)
-_FILTER = (
-    "docker: --cap-add SYS_ADMIN --security-opt seccomp=unconfined; "
-    "compose: cap_add: [SYS_ADMIN], security_opt: [seccomp:unconfined]; systemd: no SystemCallFilter=, no RestrictNamespaces="
-)
-_APPARMOR = (
-    "docker: --security-opt apparmor=unconfined; compose: security_opt: [apparmor:unconfined]; systemd: no AppArmorProfile= that "
-    "denies mount"
-)
-_PROC = (
-    "the outer /proc is masked: docker: --security-opt systempaths=unconfined; compose: security_opt: [systempaths:unconfined]; "
-    "podman: --security-opt unmask=ALL; systemd: no ProtectKernelTunables=, ProtectProc= or ProcSubset="
-)
-_SHIM = "reinstall jobrunner on Linux with a C compiler (apt-get install gcc libc6-dev), or run `make shim` in the checkout"
+_TITLES = {"clone3": "clone3", "proc": "fresh /proc", "root": "root of its own", "seccomp": "seccomp", "pivot": "pivot_root"}
+_WORKS = {"clone3": "works", "proc": "can be mounted", "root": "can be entered", "seccomp": "a filter can be set", "pivot": "works"}
+READ = ("self/status", "self/mountinfo", "self/cgroup", "self/uid_map", "meminfo", "swaps")
+"""Of /proc, what a server cannot do without."""
 
 
 def quick(needs: Needs) -> Iterator[Finding]:
@@ -61,12 +37,16 @@ def quick(needs: Needs) -> Iterator[Finding]:
     if sys.platform != "linux":
         yield Finding(Level.MISSING, "system", f"this is {sys.platform}", "jobs need Linux; SDK and CLI run here")
         return
+    proc = _proc()
+    if proc is not None:
+        yield proc  # and nothing else: whatever is looked at next is found there
+        return
     rights = ""
     if is_root():
         yield Finding(Level.OK, "root", "effective user id 0")
-        capabilities = _capabilities()
-        yield capabilities
-        rights = capabilities.remedy
+        found = _capabilities()
+        yield found
+        rights = found.remedy
         yield _job_uids(needs.job_uids)
     else:
         yield check_user.user()
@@ -78,13 +58,27 @@ def quick(needs: Needs) -> Iterator[Finding]:
         yield from _probes(needs.shim, rights)
 
 
+def _proc() -> Finding | None:
+    """What is not to be read of /proc; None if all is there."""
+    for name in READ:
+        try:
+            (PROC / name).read_bytes()
+        except OSError as exc:
+            remedy = (
+                "mount -t proc proc /proc, without subset=pid; docker: no volume on /proc; systemd: no ProcSubset=pid, no "
+                "InaccessiblePaths=/proc"
+            )
+            return Finding(Level.MISSING, "/proc", f"{PROC / name} cannot be read: {exc.strerror}", remedy)
+    return None
+
+
 def _capabilities() -> Finding:
-    status = Path("/proc/self/status").read_text()
+    status = (PROC / "self/status").read_text()
     found = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
     effective = int(found[1], 16) if found else 0
     lacking = [name for name, number in NEEDED.items() if not effective >> number & 1]
     if lacking:
-        return Finding(Level.MISSING, "capabilities", f"{' and '.join(lacking)} not there", _CAPABILITIES)
+        return Finding(Level.MISSING, "capabilities", f"{' and '.join(lacking)} not there", capabilities(lacking))
     return Finding(Level.OK, "capabilities", " ".join(NEEDED))
 
 
@@ -112,7 +106,7 @@ def _job_uids(wanted: tuple[int, int]) -> Finding:
     """Whether the uids and gids of jobs are there in this user namespace (user_namespaces(7))."""
     first, last = wanted[0], wanted[0] + wanted[1] - 1
     for name in ("uid_map", "gid_map"):
-        lines = [[int(word) for word in line.split()] for line in Path("/proc/self", name).read_text().splitlines()]
+        lines = [[int(word) for word in line.split()] for line in (PROC / "self" / name).read_text().splitlines()]
         if not any(inside <= first and last < inside + count for inside, _, count in lines):
             there = ", ".join(f"{inside} to {inside + count - 1}" for inside, _, count in lines)
             remedy = 'job_uids = "FIRST:COUNT" in the configuration, within them and of nobody else'
@@ -124,9 +118,9 @@ def _job_uids(wanted: tuple[int, int]) -> Finding:
 
 def _shim(path: Path) -> Finding:
     if not path.is_file():
-        return Finding(Level.MISSING, "shim", f"{path} is not there", _SHIM)
+        return Finding(Level.MISSING, "shim", f"{path} is not there", SHIM)
     if not os.access(path, os.X_OK):
-        return Finding(Level.MISSING, "shim", f"{path} cannot be executed", f"{_SHIM}; not on a file system mounted noexec")
+        return Finding(Level.MISSING, "shim", f"{path} cannot be executed", f"{SHIM}; not on a file system mounted noexec")
     return Finding(Level.OK, "shim", str(path))
 
 
@@ -135,36 +129,67 @@ def _probes(shim: Path, rights: str) -> Iterator[Finding]:
     try:
         done = subprocess.run([shim, "probe"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.SubprocessError) as exc:
-        yield Finding(Level.MISSING, "shim", f"{shim}: {exc}", _SHIM)
+        yield Finding(Level.MISSING, "shim", f"{shim}: {exc}", SHIM)
         return
     tried = {match[1]: match for line in done.stdout.splitlines() if (match := PROBE.fullmatch(line))}
-    for name in ("clone3", *(() if is_root() else ("user",)), *NAMESPACES, "proc"):
-        title = {"clone3": "clone3", "proc": "fresh /proc"}.get(name, f"namespace {name}")
+    for name in ("clone3", *(() if is_root() else ("user",)), *NAMESPACES, "proc", "root", "seccomp"):
+        title = _TITLES.get(name, f"namespace {name}")
         match = tried.get(name)
         if match is None:
-            yield Finding(Level.MISSING, title, f"{shim} does not answer", _SHIM)
+            yield Finding(Level.MISSING, title, f"{shim} does not answer", SHIM)
         elif match[2] is None:
-            yield Finding(Level.OK, title, {"clone3": "works", "proc": "can be mounted"}.get(name, "can be made"))
+            yield Finding(Level.OK, title, _WORKS.get(name, "can be made"))
         else:
-            found = _probe_failed(name, title, match[2], int(match[3]), match[4])
+            error = int(match[3])
+            found = Finding(Level.MISSING, title, _what(match), _remedy(match[2], error, name))
             # ENOSYS: Docker's own filter says that of clone3 without CAP_SYS_ADMIN, and lets it pass with it.
-            yield replace(found, remedy=rights) if rights and int(match[3]) in (errno.EPERM, errno.ENOSYS) else found
+            yield replace(found, remedy=rights) if rights and error in (errno.EPERM, errno.ENOSYS) else found
+    yield _pivot(tried.get("pivot"))
+    yield _keyring(tried.get("keyring"))
+    if is_root():
+        yield _user_namespaces(tried.get("user"))
 
 
-def _probe_failed(name: str, title: str, step: str, error: int, detail: str) -> Finding:
-    what = ": ".join(part for part in (step, detail, os.strerror(error) if error else "") if part)
-    if not is_root() and (of_user := check_user.remedy(step, error)):
-        remedy = of_user
-    elif step == "mount" and error == errno.EACCES:
-        remedy = _APPARMOR
-    elif step == "mount" and name == "proc":
-        remedy = _PROC
-    elif step == "network":
-        remedy = _CAPABILITIES
-    elif error == errno.ENOSPC:
-        remedy = f"sysctl -w user.max_{'net' if name == 'network' else 'mnt' if name == 'mount' else name}_namespaces=65536"
-    elif error == errno.EINVAL:
-        remedy = f"a kernel that is built with this namespace (CONFIG_{'NET' if name == 'network' else name.upper()}_NS=y)"
-    else:
-        remedy = _FILTER
-    return Finding(Level.MISSING, title, what, remedy)
+def _remedy(step: str, error: int, name: str) -> str:
+    in_user_namespace = name == "user" or not is_root()
+    return (check_user.remedy(step, error) if in_user_namespace else "") or of_step(step, error, name)
+
+
+def _what(match: re.Match[str]) -> str:
+    """A report of the shim's, for people."""
+    error = int(match[3])
+    return ": ".join(part for part in (match[2], match[4], os.strerror(error) if error else "") if part)
+
+
+def _pivot(tried: re.Match[str] | None) -> Finding:
+    """pivot_root(2): without it the host's root stays mounted below the job's (shim/root.c, enter_root)."""
+    if tried is None or tried[2] is None:
+        return Finding(Level.OK, "pivot_root", "works")
+    what = f"{_what(tried)}: a job's root is entered by chroot, and the one before stays mounted below it, out of its reach"
+    if int(tried[3]) == errno.EINVAL:  # pivot_root(2): the current root is the kernel's first file system
+        return Finding(
+            Level.LIMITED, "pivot_root", what, "run jobrunnerd where the root is no initramfs (switch_root, or unshare -m)"
+        )
+    remedy = (
+        "docker, podman: --security-opt seccomp=PROFILE, Docker's own profile with pivot_root allowed, or seccomp=unconfined; it "
+        "may as well stay so: no job has CAP_SYS_CHROOT"
+    )
+    return Finding(Level.LIMITED, "pivot_root", what, remedy)
+
+
+def _keyring(tried: re.Match[str] | None) -> Finding:
+    """keyrings(7): a session keyring of the job's own, unless nobody here can use keys at all (shim/identity.c, new_keyring)."""
+    if tried is None or tried[2] is None:
+        return Finding(Level.OK, "keyring", "each job has one of its own")
+    error = int(tried[3])
+    if error in (errno.EPERM, errno.ENOSYS):
+        return Finding(Level.OK, "keyring", "keyctl is denied here, to jobs as well")
+    return Finding(Level.MISSING, "keyring", _what(tried), of_step(tried[2], error))
+
+
+def _user_namespaces(tried: re.Match[str] | None) -> Finding:
+    """user_namespaces(7): for root what ids are mapped by, for volumes and workspaces whose files are another's."""
+    if tried is None or tried[2] is None:
+        return Finding(Level.OK, "user namespaces", "can be made, for volumes and workspaces whose files are another's")
+    what = f"{_what(tried)}: no volume or workspace whose files are another's can be given to jobs"
+    return Finding(Level.LIMITED, "user namespaces", what, _remedy(tried[2], int(tried[3]), "user"))

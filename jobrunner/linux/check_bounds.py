@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobrunner.linux.disk import MEMORY
-from jobrunner.linux.finding import Finding, Level, Needs, existing
+from jobrunner.linux.finding import Finding, Level, Needs, existing, number
 from jobrunner.linux.mountinfo import cgroup_mounts, mount_of, own_cgroups, read_mountinfo
 
 __all__ = ["bounds"]
@@ -32,7 +32,7 @@ def bounds(needs: Needs) -> Iterator[Finding]:
     yield _processes(needs)
     yield _lifetime()
     yield _apparmor()
-    yield _user_namespaces()
+    yield _core_dumps()
 
 
 def _state_dir(path: Path) -> Finding:
@@ -66,12 +66,12 @@ def _inotify(needs: Needs) -> Finding:
     fd = libc.inotify_init1(os.O_CLOEXEC)
     if fd < 0:
         reason = os.strerror(ctypes.get_errno())
-        return Finding(Level.MISSING, "inotify", f"no instance: {reason}", "sysctl -w fs.inotify.max_user_instances=512")
+        return Finding(Level.MISSING, "inotify", f"no instance: {reason}", "sysctl -w user.max_inotify_instances=512")
     os.close(fd)
-    watches = _number(SYSCTL / "fs/inotify/max_user_watches")
+    watches = number(SYSCTL / "user/max_inotify_watches")
     if watches is not None and watches < needs.max_running:
         what = f"{watches} watches, for max_running = {needs.max_running} jobs whose logs may be followed"
-        return Finding(Level.LIMITED, "inotify", what, "sysctl -w fs.inotify.max_user_watches=65536")
+        return Finding(Level.LIMITED, "inotify", what, "sysctl -w user.max_inotify_watches=65536")
     return Finding(Level.OK, "inotify", "an instance can be made" + (f", {watches} watches" if watches is not None else ""))
 
 
@@ -90,7 +90,7 @@ def _open_files(needs: Needs) -> Finding:
 
 def _processes(needs: Needs) -> Finding:
     wanted = needs.max_running * PROCESSES_PER_JOB + 1000
-    most = _number(SYSCTL / "kernel/pid_max") or wanted
+    most = number(SYSCTL / "kernel/pid_max") or wanted
     if most < wanted:
         remedy = f"sysctl -w kernel.pid_max={max(wanted, 32768)}"
         return Finding(Level.LIMITED, "processes", f"kernel.pid_max is {most}, about {wanted} for max_running", remedy)
@@ -111,7 +111,7 @@ def _tightest_pids() -> int | None:
     found = []
     directory = Path(mounts[name].directory(own.get(name, "/")))
     while directory.is_relative_to(mounts[name].point):
-        found.append(_number(directory / "pids.max"))
+        found.append(number(directory / "pids.max"))
         directory = directory.parent
     return min((number for number in found if number is not None), default=None)
 
@@ -136,16 +136,11 @@ def _apparmor() -> Finding:
     return Finding(Level.OK, "apparmor", "not in use")
 
 
-def _user_namespaces() -> Finding:
-    """For information: only a server that is not root would need them (user_namespaces(7))."""
-    settings = ("user/max_user_namespaces", "kernel/unprivileged_userns_clone", "kernel/apparmor_restrict_unprivileged_userns")
-    found = [f"{name.replace('/', '.')} = {value}" for name in settings if (value := _number(SYSCTL / name)) is not None]
-    return Finding(Level.OK, "user namespaces", ", ".join(found) or "none")
-
-
-def _number(path: Path) -> int | None:
-    """The number in a file; None if there is none, or the word `max`."""
+def _core_dumps() -> Finding:
+    """For information: core(5): a pattern that is a pipe is run as root of the host; for jobs it is not (shim/command.c, seccomp.py)."""
     try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
+        pattern = (SYSCTL / "kernel/core_pattern").read_text().strip()
+    except OSError:
+        pattern = ""
+    more = f", nor starts {pattern[1:].split(' ')[0]}" if pattern.startswith("|") else ""
+    return Finding(Level.OK, "core dumps", f"a job that crashes leaves none{more}")

@@ -20,7 +20,7 @@ from jobrunner.linux.finding import Finding, Level, Needs, existing, from_error
 from jobrunner.linux.kernfs import LimitNotApplied
 from jobrunner.linux.mountinfo import CgroupMount, cgroup_mounts, own_cgroups
 
-__all__ = ["cgroups", "limits_apply"]
+__all__ = ["cgroups", "limits_apply", "put_back"]
 
 JOB_ID = "0" * 12
 OF_CONTROLLER = {
@@ -50,7 +50,7 @@ _OTHER_DISK = "let jobs write where state_dir is, whose disk is limited (docker:
 
 def cgroups(needs: Needs) -> list[Finding]:
     """A line for the tree, one for each controller, and what is not held in full."""
-    with _put_back() as parent:
+    with put_back() as parent:
         try:
             host = detect(needs.cgroup_parent or parent, f"jobrunner-check-{os.getpid()}")
         except HostError as exc:
@@ -151,7 +151,7 @@ def _kill(host: CgroupHost) -> Iterator[Finding]:
 
 
 @contextlib.contextmanager
-def _put_back() -> Iterator[str]:
+def put_back() -> Iterator[str]:
     """Gives the cgroup that a server started here would use as parent, "" for its own; undoes afterwards what a host on v2 changes.
 
     There a process that hands controllers down moves into a leaf first; this one goes back, in this order: controllers that it

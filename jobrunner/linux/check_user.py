@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from jobrunner.linux.cgroup_none import LIMITS, NoCgroupHost, counts_tasks
-from jobrunner.linux.finding import Finding, Level, Needs
+from jobrunner.linux.finding import Finding, Level, Needs, number
 from jobrunner.linux.kernfs import remedy as of_cgroups
 
 __all__ = ["no_cgroups", "remedy", "user"]
@@ -27,11 +27,11 @@ def user() -> Finding:
 
 def remedy(step: str, error: int) -> str:
     """Of a probe that failed in a user namespace; empty if it is no other than root's would be. user_namespaces(7)."""
-    if error == errno.ENOSPC and _number("user/max_user_namespaces") == 0:
+    if error == errno.ENOSPC and number(SYSCTL / "user/max_user_namespaces") == 0:
         return "sysctl -w user.max_user_namespaces=65536"
-    if step == "clone" and error == errno.EPERM and _number("kernel/unprivileged_userns_clone") == 0:
+    if step == "clone" and error == errno.EPERM and number(SYSCTL / "kernel/unprivileged_userns_clone") == 0:
         return "sysctl -w kernel.unprivileged_userns_clone=1"
-    if error in (errno.EPERM, errno.EACCES) and _number("kernel/apparmor_restrict_unprivileged_userns"):
+    if error in (errno.EPERM, errno.EACCES) and number(SYSCTL / "kernel/apparmor_restrict_unprivileged_userns"):
         return _APPARMOR
     if step == "clone" and error == errno.EINVAL:
         return "a kernel that is built with user namespaces (CONFIG_USER_NS=y)"
@@ -46,10 +46,3 @@ def no_cgroups(host: NoCgroupHost, needs: Needs) -> list[Finding]:
     what = f"{host.why}: no limit of {', '.join(needed or lacking)}"
     level = Level.MISSING if needed else Level.LIMITED
     return [Finding(level, "cgroup", what, f"{of_cgroups()}: allow_missing = [{names}]")]
-
-
-def _number(name: str) -> int | None:
-    try:
-        return int((SYSCTL / name).read_text())
-    except (OSError, ValueError):
-        return None

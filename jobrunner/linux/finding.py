@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from jobrunner.errors import HostError
 from jobrunner.identity import PROJECT_IDS
 from jobrunner.job import Limits
 
-__all__ = ["Finding", "Level", "Needs", "existing", "from_error", "refuse"]
+__all__ = ["Finding", "Level", "Needs", "existing", "from_error", "looked", "number", "refuse"]
 
 
 class Level(enum.StrEnum):
@@ -63,7 +63,35 @@ def from_error(name: str, exc: HostError, level: Level = Level.MISSING) -> Findi
 def existing(path: Path) -> Path:
     """The path, or of the directories above it the first that is there: what will be made is made on its file system."""
     path = path.absolute()
-    return next(candidate for candidate in (path, *path.parents) if candidate.exists())
+    return next(candidate for candidate in (path, *path.parents) if is_there(candidate))
+
+
+def is_there(path: Path) -> bool:
+    """As `Path.exists`, which raises PermissionError where one may not look: False there."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def number(path: Path) -> int | None:
+    """The number in a file; None if there is none, or the word `max`."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def looked(name: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """What is found by looking; where the host does not even let us look, that is the finding."""
+    try:
+        yield from look()
+    except OSError as exc:
+        where = f"{exc.filename}: " if exc.filename else ""
+        remedy = "/proc and /sys must be there whole: no InaccessiblePaths=, no volume or tmpfs over them"
+        yield Finding(Level.MISSING, name, f"cannot be told: {where}{exc.strerror or exc}", remedy)
+    except HostError as exc:
+        yield from_error(name, exc)
 
 
 def refuse(findings: Iterable[Finding]) -> None:

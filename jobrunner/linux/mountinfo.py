@@ -88,10 +88,13 @@ def mount_of(path: str, mounts: list[Mount]) -> Mount | None:
 
 
 def cgroup_mounts(mounts: list[Mount] | None = None) -> dict[str, CgroupMount]:
-    """Cgroup hierarchies by controller, `name=...` for a named one, "" for v2. The first mount of each counts."""
+    """Cgroup hierarchies by controller, `name=...` for a named one, "" for v2. The first mount of each counts.
+
+    Of this process's mounts those that can be seen: another one over /sys, say, hides them, and is no place to make cgroups in.
+    """
     found: dict[str, CgroupMount] = {}
     for mount in read_mountinfo() if mounts is None else mounts:
-        if mount.fstype in ("cgroup", "cgroup2"):
+        if mount.fstype in ("cgroup", "cgroup2") and (mounts is not None or Path(mount.point, "cgroup.procs").exists()):
             for name in mount.options if mount.fstype == "cgroup" else ("",):
                 found.setdefault(name, CgroupMount(mount.point, mount.root))
     return found

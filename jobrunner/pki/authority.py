@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Self
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -35,6 +35,8 @@ CA_DAYS, SERVER_DAYS, CLIENT_DAYS, CRL_DAYS = 3650, 90, 30, 30
 SKEW = timedelta(minutes=5)
 """How much earlier than now what is signed begins to hold: for clocks that are behind."""
 RESERVED = ("ca", "crl")
+MAX_NAME = 64
+"""Characters of a common name: RFC 5280, ub-common-name."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@-]{0,63}")
 
 
@@ -73,6 +75,8 @@ class Authority:
         """A new CA with an empty revocation list; each has a name of its own, unless told otherwise, so that two can be trusted at
         once. CertificateError if one is there already, unless `force`.
         """
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise CertificateError("make CA", f"its name has up to {MAX_NAME} characters that can be printed")
         store = Store(directory)
         with store.locked(make=True):
             for file in ("ca.key", "ca.pem"):
@@ -102,7 +106,7 @@ class Authority:
         """The CA of a directory, for one writer at a time."""
         store = Store(directory)
         with store.locked():
-            certificate = x509.load_pem_x509_certificate(store.read("ca.pem"))
+            certificate = _certificate(store, "ca.pem")
             path = store.path("ca.key")
             try:
                 key = serialization.load_pem_private_key(store.read("ca.key"), passphrase)
@@ -113,7 +117,9 @@ class Authority:
                 raise CertificateError(f"read {path}", "the passphrase is wrong, or it holds no private key") from exc
             if key.public_key() != certificate.public_key():
                 raise CertificateError(f"read {path}", f"it does not belong to {store.path('ca.pem')}")
-            yield cls(store, certificate, cast("ec.EllipticCurvePrivateKey", key))
+            if not isinstance(key, ec.EllipticCurvePrivateKey):
+                raise CertificateError(f"use {path}", "it is no ECDSA key; `jobrunner certs init` makes a CA that has one")
+            yield cls(store, certificate, key)
 
     def issue(
         self, name: str, profile: Profile, *, days: int | None = None, passphrase: bytes | None = None, force: bool = False
@@ -140,7 +146,7 @@ class Authority:
 
         With a new key, encrypted if the old one is; where the key is not here, for the same key again.
         """
-        old = self._load(f"{name}.pem")
+        old = _certificate(self.store, f"{name}.pem")
         life = days or max(1, round((old.not_valid_after_utc - old.not_valid_before_utc - SKEW) / timedelta(days=1)))
         key = self.store.path(f"{name}.key")
         if not key.exists():
@@ -158,7 +164,7 @@ class Authority:
         for path in sorted(self.store.directory.glob("*.pem")):
             if path.stem in RESERVED:
                 continue
-            held = self._load(path.name)
+            held = _certificate(self.store, path.name)
             if not path.with_suffix(".key").exists() and (user_of(held) != path.stem or not self._has_issued(held)):
                 continue  # a copy of something
             life = held.not_valid_after_utc - held.not_valid_before_utc
@@ -179,9 +185,9 @@ class Authority:
     def revoke(self, name: str) -> list[int]:
         """Revoke every certificate of a name that has not expired; their serials. `name` may be a serial, hexadecimal."""
         now = datetime.now(UTC)
-        held = [x509.load_pem_x509_certificate(path.read_bytes()) for path in sorted(self.store.path("issued").glob("*.pem"))]
+        held = [_certificate(self.store, f"issued/{path.name}") for path in sorted(self.store.path("issued").glob("*.pem"))]
         current = self.store.path(f"{name}.pem")
-        user = user_of(self._load(current.name)) if current.exists() else name
+        user = user_of(_certificate(self.store, current.name)) if current.exists() else name
         found = [one.serial_number for one in held if user_of(one) == user and one.not_valid_after_utc > now]
         if not found and re.fullmatch(r"[0-9A-Fa-f]{8,40}", name):
             found = [int(name, 16)]
@@ -217,18 +223,16 @@ class Authority:
     def _list(self) -> x509.CertificateRevocationList | None:
         if not self.store.path("crl.pem").exists():
             return None
-        held = x509.load_pem_x509_crl(self.store.read("crl.pem"))
+        try:
+            held = x509.load_pem_x509_crl(self.store.read("crl.pem"))
+        except ValueError as exc:
+            reason = "it holds no revocation list in PEM form; remove it, and revoke again what was revoked"
+            raise CertificateError(f"read {self.store.path('crl.pem')}", reason) from exc
         # One of a CA that was here before has nothing to say of this one.
         return held if held.is_signature_valid(self._key.public_key()) else None
 
     def _revoked_serials(self) -> set[int]:
         return {entry.serial_number for entry in self.revoked()}
-
-    def _load(self, file: str) -> x509.Certificate:
-        try:
-            return x509.load_pem_x509_certificate(self.store.read(file))
-        except ValueError as exc:
-            raise CertificateError(f"read {self.store.path(file)}", "it holds no certificate in PEM form") from exc
 
     def _with_new_key(self, name: str, profile: Profile, days: int, passphrase: bytes | None) -> Issued:
         key = ec.generate_private_key(ec.SECP256R1())
@@ -250,8 +254,8 @@ class Authority:
         if end > self.certificate.not_valid_after_utc:
             until = self.certificate.not_valid_after_utc.date()
             raise CertificateError("issue certificate", f"the CA itself ends on {until}; give fewer --days, or make a new CA")
-        if not 0 < len(profile.user) <= 64:
-            raise CertificateError("issue certificate", "a user's name has 1 to 64 characters")
+        if not 0 < len(profile.user) <= MAX_NAME:
+            raise CertificateError("issue certificate", f"a user's name has 1 to {MAX_NAME} characters")
         builder = (
             x509.CertificateBuilder(self.certificate.subject, profile.names(), key, x509.random_serial_number())
             .not_valid_before(now - SKEW)
@@ -266,6 +270,13 @@ class Authority:
         certificate = builder.sign(self._key, hashes.SHA256())
         self.store.write(f"issued/{certificate.serial_number:x}.pem", to_pem(certificate))
         return certificate
+
+
+def _certificate(store: Store, file: str) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(store.read(file))
+    except ValueError as exc:
+        raise CertificateError(f"read {store.path(file)}", "it holds no certificate in PEM form") from exc
 
 
 def _days_of(profile: Profile) -> int:

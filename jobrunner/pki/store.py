@@ -27,6 +27,8 @@ __all__ = ["Store", "read_passphrase"]
 
 PUBLIC, PRIVATE = 0o644, 0o600
 NEXT = ".next"
+MAX_PASSPHRASE = 1023
+"""Bytes that OpenSSL takes."""
 
 
 class Store:
@@ -119,11 +121,14 @@ def read_passphrase(path: Path | None) -> bytes | None:
     if path is None:
         return None
     try:
-        lines = path.read_bytes().splitlines()
+        with path.open("rb") as file:
+            lines = file.read(MAX_PASSPHRASE + 2).splitlines()
     except OSError as exc:
         raise CertificateError(f"read passphrase {path}", exc.strerror or str(exc)) from exc
     if not lines or not lines[0]:
         raise CertificateError(f"read passphrase {path}", "its first line is empty")
+    if len(lines[0]) > MAX_PASSPHRASE:
+        raise CertificateError(f"read passphrase {path}", f"its first line is longer than {MAX_PASSPHRASE} bytes")
     return lines[0]
 
 

@@ -1,7 +1,8 @@
 """`jobrunnerd`: the server's command.
 
-Exit codes: 0 after a shutdown that was asked for, 1 a bug, 2 wrong usage or settings, 3 the host lacks something or the address is
-taken, 128 + n when a second signal n cut the shutdown short.
+Exit codes: 0 done, of a server after a shutdown that was asked for; 1 a bug; 2 wrong usage or settings; 3 the host lacks something
+or the address is taken; 74 standard output cannot be written, 141 nobody reads it any more; 130 interrupted; 128 + n when a second
+signal n cut a shutdown short. What fails is one line on standard error that begins with `jobrunnerd: `.
 """
 
 from __future__ import annotations
@@ -15,22 +16,21 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import anyio
 import typer
 
+from jobrunner import checked
 from jobrunner.config import RunnerConfig, ServerConfig, load, load_runner
 from jobrunner.errors import ConfigError, InternalError, JobRunnerError
-from jobrunner.linux.check import Level, everything
-from jobrunner.linux.finding import Finding
+from jobrunner.linux.finding import Level
 from jobrunner.runner import JobRunner
-from jobrunner.sandbox import needs
-from jobrunner.server import control
+from jobrunner.server import control, hostcheck
 from jobrunner.server.account import Account
 from jobrunner.server.app import JobServer
 from jobrunner.server.audit import Audit
@@ -42,13 +42,14 @@ from jobrunner.server.notify import ServiceManager
 from jobrunner.server.reflection import ReflectionService
 from jobrunner.server.service import JobService
 from jobrunner.server.trust import Trust
+from jobrunner.stdio import PIPE_CLOSED, STDERR, STDOUT, OutputClosed, OutputFailed, Unbuffered, fill_descriptors
 from jobrunner.wire import descriptors
 
-__all__ = ["RunningServer", "app", "main", "running_server"]
+__all__ = ["RunningServer", "app", "main", "run", "running_server"]
 
 logger = logging.getLogger(__name__)
 
-EXIT_BUG, EXIT_USAGE, EXIT_HOST = 1, 2, 3
+EXIT_BUG, EXIT_USAGE, EXIT_HOST, EXIT_OUTPUT, EXIT_INTERRUPTED = 1, 2, 3, 74, 130
 SHUTDOWN_MARGIN = 30.0
 """Seconds that a shutdown may take beyond the grace period of its jobs: calls and connections that end, kills, the disk."""
 app = typer.Typer(
@@ -60,6 +61,22 @@ app = typer.Typer(
 )
 
 
+Config = Annotated[str | None, typer.Option(help="Settings in TOML.", envvar="JOBRUNNERD_CONFIG")]
+# Texts, as in the settings file, not typer's paths: an empty text, of a variable that is not set for instance, would be ".".
+
+
+def _given(name: str, text: str, read: Callable[[object], Any] = checked.path) -> Any:
+    """The value of an option. ConfigError names it."""
+    try:
+        return read(text)
+    except ValueError as exc:
+        raise ConfigError("the command line", f"{name}: {exc}") from exc
+
+
+def _settings(config: str | None) -> Path | None:
+    return None if config is None else _given("config", config)
+
+
 @app.callback()
 def _commands() -> None:
     """Commands have names, also while there are few."""
@@ -67,14 +84,14 @@ def _commands() -> None:
 
 @app.command()
 def serve(
-    config: Annotated[Path | None, typer.Option(help="Settings in TOML.", envvar="JOBRUNNERD_CONFIG")] = None,
+    config: Config = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT; port 0 is any free one.")] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Where jobs and their output are kept.")] = None,
-    ca: Annotated[Path | None, typer.Option(help="The CA that clients' certificates are from, PEM.")] = None,
-    cert: Annotated[Path | None, typer.Option(help="The server's certificate, PEM.")] = None,
-    key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
-    key_passphrase_file: Annotated[Path | None, typer.Option(help="Its first line opens the key.")] = None,
-    crl: Annotated[Path | None, typer.Option(help="The CA's revocation list, PEM.")] = None,
+    state_dir: Annotated[str | None, typer.Option(help="Where jobs and their output are kept.")] = None,
+    ca: Annotated[str | None, typer.Option(help="The CA that clients' certificates are from, PEM.")] = None,
+    cert: Annotated[str | None, typer.Option(help="The server's certificate, PEM.")] = None,
+    key: Annotated[str | None, typer.Option(help="Its private key, PEM.")] = None,
+    key_passphrase_file: Annotated[str | None, typer.Option(help="Its first line opens the key.")] = None,
+    crl: Annotated[str | None, typer.Option(help="The CA's revocation list, PEM.")] = None,
 ) -> None:
     """Serve jobs over mutual TLS until SIGTERM or SIGINT. Jobs run on without the server, unless `on_shutdown` is `stop`.
 
@@ -85,47 +102,34 @@ def serve(
     overrides = {"listen": listen, "state_dir": state_dir, "ca": ca, "cert": cert, "key": key}
     overrides |= {"key_passphrase_file": key_passphrase_file, "crl": crl}
     with _told():
-        _run(load(config, os.environ, overrides), ready=_tell_address)
+        _run(load(_settings(config), os.environ, overrides), ready=_tell_address)
 
 
 @app.command()
 def check(
-    config: Annotated[Path | None, typer.Option(help="Settings in TOML.", envvar="JOBRUNNERD_CONFIG")] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Where jobs and their output will be kept.")] = None,
+    config: Config = None,
+    state_dir: Annotated[str | None, typer.Option(help="Where jobs and their output will be kept.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects: level, name, what, remedy.")] = False,
 ) -> None:
     """Tell what this host offers jobs and what it lacks, with the remedy; leaves nothing behind.
 
-    A line for each thing: ok, limited (jobs run, something is not held) or missing. Exit code 3 if anything is missing.
+    A line for each thing: ok, limited (jobs run, something is not held) or missing. Where nothing is missing, jobs are run in the
+    end, with all their protections, one for each root and volume that the settings offer.
+
+    Exit code 3 if anything is missing, 2 if the settings cannot be read.
     """
     with _told():
-        findings = everything(needs(load_runner(config, os.environ, {"state_dir": state_dir})))
-        findings += _of_certificates(config, state_dir)
-    print(json.dumps([asdict(finding) for finding in findings], indent=2) if as_json else "\n".join(map(str, findings)))
+        findings = hostcheck.findings(_settings(config), state_dir)
+        print(json.dumps([asdict(finding) for finding in findings], indent=2) if as_json else "\n".join(map(str, findings)))
     if any(finding.level is Level.MISSING for finding in findings):
         raise typer.Exit(EXIT_HOST)
 
 
-def _of_certificates(config: Path | None, state_dir: Path | None) -> list[Finding]:
-    """Of those that the settings name; nothing where they name none."""
-    try:
-        settings = load(config, os.environ, {"state_dir": state_dir})
-    except ConfigError:
-        return []
-    try:
-        trust = Trust(settings)
-    except ConfigError as exc:
-        return [Finding(Level.MISSING, "certificates", exc.message, "`jobrunner certs` makes them: docs/certificates.md")]
-    remedy = "`jobrunner certs renew`, and bring the files here"
-    told = [Finding(Level.LIMITED, "certificates", text, remedy) for text in trust.warnings()]
-    return told or [Finding(Level.OK, "certificates", "they hold, the revocation list too" if settings.crl else "they hold")]
-
-
 @app.command()
 def stop_jobs(
-    config: Annotated[Path | None, typer.Option(help="Settings in TOML.", envvar="JOBRUNNERD_CONFIG")] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Where jobs and their output are kept.")] = None,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds that jobs get at most, each within its own grace period.")] = 5.0,
+    config: Config = None,
+    state_dir: Annotated[str | None, typer.Option(help="Where jobs and their output are kept.")] = None,
+    grace: Annotated[str, typer.Option(help="How long jobs get at most, each within its own grace period.")] = "5s",
 ) -> None:
     """Stop all jobs that run on while no server does, as when the host shuts down; they are told as `shutdown`.
 
@@ -134,16 +138,17 @@ def stop_jobs(
 
     async def stop(settings: RunnerConfig) -> None:
         async with JobRunner.open(settings, wait=False) as runner:
-            await runner.stop_all(grace=grace, by="jobrunnerd")
+            await runner.stop_all(grace=seconds, by="jobrunnerd")
 
     with _told():
-        anyio.run(stop, load_runner(config, os.environ, {"state_dir": state_dir}))
+        seconds = _given("grace", grace, checked.between(checked.seconds, 0, 86400))
+        anyio.run(stop, load_runner(_settings(config), os.environ, {"state_dir": state_dir}))
 
 
 @app.command()
 def drain(
-    config: Annotated[Path | None, typer.Option(help="Settings in TOML.", envvar="JOBRUNNERD_CONFIG")] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Where jobs and their output are kept.")] = None,
+    config: Config = None,
+    state_dir: Annotated[str | None, typer.Option(help="Where jobs and their output are kept.")] = None,
 ) -> None:
     """Let the running server take no new jobs, and leave when the last has ended; returns then.
 
@@ -151,19 +156,22 @@ def drain(
     Exit code 3 if no server holds the state directory, or if it has left before its last job had ended.
     """
     with _told():
-        control.drain(load_runner(config, os.environ, {"state_dir": state_dir}).state_dir, lambda text: print(text, flush=True))
+        control.drain(
+            load_runner(_settings(config), os.environ, {"state_dir": state_dir}).state_dir, lambda text: print(text, flush=True)
+        )
 
 
 @app.command()
 def dev(
     directory: Annotated[
-        Path | None, typer.Option("--dir", help="For certificates and jobs; a new one in /tmp if not given.")
+        str | None, typer.Option("--dir", help="For certificates and jobs; a new one in /tmp if not given.")
     ] = None,
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 is any free one.")] = "127.0.0.1:7443",
 ) -> None:
     """Serve with throw-away certificates, and print what a client needs: one line to paste for each role."""
     with _told():
-        root = (directory or Path(tempfile.mkdtemp(prefix="jobrunner-dev-"))).absolute()
+        made = Path(tempfile.mkdtemp(prefix="jobrunner-dev-")) if directory is None else _given("dir", directory)
+        root = made.absolute()
         if not (root / "ca.pem").exists():
             make_certs(root)
         runner = load_runner(None, os.environ, {"state_dir": root / "state"})
@@ -173,7 +181,27 @@ def dev(
 
 def main() -> None:
     """The console script."""
-    app()
+    fill_descriptors()
+    sys.stdout, sys.stderr = Unbuffered(STDOUT), Unbuffered(STDERR)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line and return its exit code. What is no error of ours and none of the command line is a bug, and raised."""
+    try:
+        code = app(args, prog_name="jobrunnerd", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.TyperException as exc:
+        where = getattr(getattr(exc, "ctx", None), "command_path", "jobrunnerd")
+        print(f"jobrunnerd: {exc.format_message().rstrip('.')} (see `{where} --help`)", file=sys.stderr)
+        return EXIT_USAGE
+    except OutputFailed as exc:
+        print(f"jobrunnerd: {exc.message}", file=sys.stderr)
+        return EXIT_OUTPUT
+    except OutputClosed:
+        return PIPE_CLOSED
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
 
 
 class RunningServer(NamedTuple):
@@ -292,6 +320,8 @@ def _told() -> Iterator[None]:
     """An error of ours is one line and an exit code, never a traceback."""
     try:
         yield
+    except OutputFailed:
+        raise
     except JobRunnerError as exc:
         print(f"jobrunnerd: {exc.message}", file=sys.stderr)
         code = EXIT_USAGE if isinstance(exc, ConfigError) else EXIT_BUG if isinstance(exc, InternalError) else EXIT_HOST

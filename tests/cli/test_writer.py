@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from jobrunner_cli.exitcodes import OutputFailed
-from jobrunner_cli.writer import HELD, OutputClosed, OutputWriter, write_all
+from jobrunner.stdio import OutputClosed, OutputFailed, write_all
+from jobrunner_cli.writer import HELD, OutputWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

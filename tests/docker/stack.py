@@ -106,6 +106,7 @@ class Cli:
     """`jobrunner` on the host, with the certificates of a directory."""
 
     def __init__(self, address: str, certs: Path, user: str = "admin") -> None:
+        self.certs = certs
         files = {"CA": "ca.pem", "CERT": f"{user}.pem", "KEY": f"{user}.key"}
         self._env = {**os.environ, "JOBRUNNER_ADDRESS": address} | {
             f"JOBRUNNER_{name}": str(certs / file) for name, file in files.items()

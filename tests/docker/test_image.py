@@ -36,7 +36,10 @@ def test_the_shim_in_it_is_static(stack: Stack) -> None:
             "NET_ADMIN",
             r"entrypoint: cannot make /sys/fs/cgroup\S* writable: needs --cap-add SYS_ADMIN and --security-opt apparmor=.*",
         ),
-        ("SYS_ADMIN", r"jobrunnerd: cannot run jobs: capabilities: CAP_NET_ADMIN and .* not there; docker: --cap-add SYS_ADMIN .*"),
+        (
+            "SYS_ADMIN",
+            r"jobrunnerd: cannot run jobs: capabilities: CAP_NET_ADMIN and .* not there; docker, podman: --cap-add NET_ADMIN .*",
+        ),
     ],
 )
 def test_without_one_of_its_capabilities_it_says_which_in_one_line(stack: Stack, given: str, said: str) -> None:

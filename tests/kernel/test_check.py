@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -29,6 +30,29 @@ def check(before: str = "true", wrap: str = "", options: str = "") -> tuple[int,
     done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False, timeout=60)
     assert done.stderr == ""
     return done.returncode, {finding["name"]: finding for finding in json.loads(done.stdout)}
+
+
+def twice(before: str, mend: str, wrap: str = "", options: str = "") -> tuple[Found, Found]:
+    """The findings where `before` was done, and once `mend` was done after it, in the same namespaces."""
+    look = f"{{ {wrap} {JOBRUNNERD} check --json {options} || :; }}"
+    script = f"{before} && {look} && echo , && {mend} && {look}"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False, timeout=90)
+    assert done.stderr == ""
+    first, second = json.loads(f"[{done.stdout}]")
+    return tuple({finding["name"]: finding for finding in found} for found in (first, second))  # type: ignore[return-value]
+
+
+def in_user_namespace(script: str) -> Found:
+    """The findings in a user namespace, whose settings of user.* are its own: outside of it nothing changes."""
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", f"{script} && exec {JOBRUNNERD} check --json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
+    assert done.stderr == ""
+    return {finding["name"]: finding for finding in json.loads(done.stdout)}
+
+
+def sysctl_of(remedy: str) -> str:
+    """The commands of a remedy that are a setting of the kernel's."""
+    return " && ".join(re.findall(r"sysctl -w [a-z_.]+=\d+", remedy)).replace("sysctl -w", "sysctl -qw")
 
 
 def refusal(before: str, directory: Path) -> tuple[int, str]:
@@ -69,6 +93,10 @@ def test_each_thing_has_its_line(here: tuple[int, Found]) -> None:
         "shim",
         "clone3",
         "fresh /proc",
+        "root of its own",
+        "seccomp",
+        "pivot_root",
+        "keyring",
         "state directory",
         "inotify",
         "open files",
@@ -80,6 +108,8 @@ def test_each_thing_has_its_line(here: tuple[int, Found]) -> None:
         "user namespaces",
         "work directories",
         "workspaces",
+        "core dumps",
+        "job",
     }
 
 
@@ -155,14 +185,19 @@ def test_a_step_of_a_birth_that_is_denied_is_told_as_that() -> None:
     assert found["namespace network"]["what"] == "network: lo: Operation not permitted"
 
 
-def test_a_namespace_that_may_not_be_made_is_told() -> None:
-    script = f"echo 0 > /proc/sys/user/max_uts_namespaces && exec {JOBRUNNERD} check --json"
-    # The sysctl is that of the user namespace: outside of this one nothing changes.
-    done = subprocess.run(["unshare", "--user", "-r", "sh", "-c", script], capture_output=True, text=True, check=False, timeout=60)
-    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
-    assert found["namespace uts"]["what"] == "clone: No space left on device"
-    assert "user.max_uts_namespaces" in found["namespace uts"]["remedy"]
+def test_what_may_not_be_made_is_told_and_the_remedies_help() -> None:
+    names = {"namespace uts": "uts_namespaces", "user namespaces": "user_namespaces", "inotify": "inotify_instances"}
+    lack = "sysctl -qw " + " ".join(f"user.max_{setting}=0" for setting in names.values())
+    found = in_user_namespace(lack)
+    assert [found[name]["level"] for name in names] == ["missing", "limited", "missing"]
+    assert [found[name]["what"].partition(": no volume")[0] for name in names] == [
+        "clone: No space left on device",
+        "clone: No space left on device",
+        "no instance: Too many open files",
+    ]
     assert found["namespace ipc"]["level"] == "ok"
+    mended = in_user_namespace(" && ".join([lack, *(sysctl_of(found[name]["remedy"]) for name in names)]))
+    assert [mended[name]["level"] for name in names] == ["ok"] * 3
 
 
 def test_a_masked_proc_is_told() -> None:
@@ -217,3 +252,86 @@ def test_a_server_refuses_in_the_same_words_on_a_read_only_tree(tmp_path: Path) 
     assert code == 3
     assert "Read-only file system; " in words
     assert "Delegate=yes" in words
+
+
+def test_few_open_files_are_mended_as_told() -> None:
+    found, mended = twice("ulimit -Sn 256", "ulimit -Sn 1600")
+    assert (found["open files"]["level"], mended["open files"]["level"]) == ("limited", "ok")
+    assert "ulimit -n 1600;" in found["open files"]["remedy"]
+
+
+def test_a_bound_on_processes_is_told(tmp_path: Path) -> None:
+    parent = Path("/sys/fs/cgroup/pids" if ON_V1 else "/sys/fs/cgroup") / f"jobrunner-test-{os.getpid()}"
+    parent.mkdir()
+    try:
+        (parent / "pids.max").write_text("900")
+        script = f"echo 0 > {parent}/cgroup.procs && exec {JOBRUNNERD} check --json"
+        done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    finally:
+        for directory, _, _ in os.walk(parent, topdown=False):
+            Path(directory).rmdir()
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)}["processes"]
+    assert (found["level"], found["what"].partition(",")[0]) == ("limited", "this cgroup allows 900")
+    assert "--pids-limit -1" in found["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("before", "mend"),
+    [
+        ("umount -l /proc", "mount -t proc proc /proc"),
+        ("mount -t proc -o subset=pid proc /proc", "mount -t proc proc /proc"),
+    ],
+)
+def test_a_proc_that_is_not_there_whole_is_told_and_the_remedy_helps(before: str, mend: str) -> None:
+    found, mended = twice(before, mend)
+    assert {name for name, finding in found.items() if finding["level"] == "missing"} >= {"/proc"}
+    assert "cannot be read: " in found["/proc"]["what"]
+    assert found["/proc"]["remedy"].startswith(mend)
+    assert "/proc" not in mended
+
+
+@pytest.mark.parametrize("hidden", ["/sys", "/sys/fs/cgroup"])
+def test_a_cgroup_tree_that_cannot_be_seen_is_told(hidden: str) -> None:
+    code, found = check(f"mount -t tmpfs tmpfs {hidden}")
+    assert (code, found["cgroup"]["level"]) == (3, "missing")
+    assert found["cgroup"]["what"] == "cannot limit jobs: no cgroup file system is mounted"
+    assert os.listdir(hidden) != []
+
+
+@pytest.mark.parametrize(
+    ("denied", "levels"),
+    [
+        ("keyctl=EPERM,pivot_root=EPERM", {"keyring": "ok", "pivot_root": "limited", "job": "ok"}),
+        (
+            "keyctl=EDQUOT,seccomp=EINVAL,mount_setattr=EPERM",
+            {"keyring": "missing", "seccomp": "missing", "namespace mount": "missing", "job": "limited"},
+        ),
+    ],
+)
+def test_what_a_filter_around_the_server_denies_is_told(denied: str, levels: dict[str, str]) -> None:
+    _, found = check(wrap=f"{shlex.quote(sys.executable)} {Path(__file__).parents[1]}/support/deny.py {denied}")
+    assert {name: found[name]["level"] for name in levels} == levels
+    assert all(found[name]["remedy"] for name, level in levels.items() if level != "ok")
+
+
+def test_a_handler_of_core_dumps_is_told(tmp_path: Path) -> None:
+    (tmp_path / "pattern").write_text("|/usr/lib/systemd/systemd-coredump %P %u\n")
+    code, found = check(f"mount --bind {tmp_path}/pattern /proc/sys/kernel/core_pattern")
+    assert (code, found["core dumps"]["level"]) == (0, "ok")
+    assert "nor starts /usr/lib/systemd/systemd-coredump" in found["core dumps"]["what"]
+
+
+def test_few_ids_are_told_and_the_remedy_helps(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text('job_uids = "1000:100"\n')
+    for options, level in (("", "missing"), (f"--config {tmp_path}/settings.toml", "ok")):
+        script = f"echo up; read go; exec {JOBRUNNERD} check --json {options}"
+        command = ["unshare", "--user", "sh", "-c", script]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None and process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+            for name in ("uid_map", "gid_map"):
+                Path("/proc", str(process.pid), name).write_text("0 0 2000\n")
+            out, _ = process.communicate("go\n", timeout=60)
+        found = {finding["name"]: finding for finding in json.loads(out)}["job uids"]
+        assert found["level"] == level, found
+        assert found["what"].endswith("which has 0 to 1999") == (level == "missing")

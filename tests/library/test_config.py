@@ -133,7 +133,10 @@ def test_limits_have_the_types_of_their_fields(tmp_path: Path) -> None:
         ("[defaults]\ncpus = true", "defaults.cpus: True is not a number"),
         ("[defaults]\ncpus = nan", "defaults.cpus: nan is not a number"),
         ("[defaults]\npids = 1.5", "defaults.pids: 1.5 is not a whole number"),
-        ("[ceilings]\nmemory = '512MiB'", "defaults.memory: 1073741824 is above ceilings.memory, 536870912"),
+        (
+            "[defaults]\nmemory = '1GiB'\n[ceilings]\nmemory = '512MiB'",
+            "defaults.memory: 1073741824 is above ceilings.memory, 536870912",
+        ),
         ("listen = 'host'", "listen: 'host' is no address such as"),
         ("listen = 7443", "listen: 7443 is not a text"),
         ("grace = '-1s'", "grace: '-1s' is no duration such as"),
@@ -228,3 +231,8 @@ def test_metrics_are_for_everyone_only_with_a_word(listen: str) -> None:
     with pytest.raises(ConfigError, match=r"metrics_listen: .* is not an address of loopback.*metrics_anywhere = true"):
         load(None, {}, GIVEN | {"metrics_listen": listen})
     assert load(None, {"JOBRUNNERD_METRICS_ANYWHERE": "true"}, GIVEN | {"metrics_listen": listen}).metrics_listen == listen
+
+
+def test_a_ceiling_below_jobrunner_s_own_default_lowers_it(tmp_path: Path) -> None:
+    defaults = from_file(tmp_path, "[ceilings]\nmemory = '512MiB'\npids = 2000\n").runner.defaults
+    assert (defaults.memory, defaults.pids) == (512 << 20, 512)

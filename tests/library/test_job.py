@@ -113,3 +113,8 @@ def test_signals_by_name_and_number(name: str) -> None:
     assert signal_number(name) == 15
     assert signal_name(15) == "SIGTERM"
     assert signal_name(64) in ("SIGRTMAX", "signal 64")
+
+
+def test_what_is_applied_of_disk_operations_is_no_more_than_the_kernel_can_count() -> None:
+    applied = Limits(read_iops=1 << 40, write_iops=5).over(Limits(read_iops=1, write_iops=2))
+    assert (applied.read_iops, applied.write_iops) == ((1 << 32) - 2, 5)

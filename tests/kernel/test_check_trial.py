@@ -1,0 +1,120 @@
+"""The jobs that `jobrunnerd check` runs: what they tell of roots and volumes, each lack made and then mended by its own remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobrunner.trial import _untrue
+
+pytestmark = [pytest.mark.requires("root"), pytest.mark.timeout(120)]
+
+JOBRUNNERD = str(Path(sys.executable).with_name("jobrunnerd"))
+UID = 1900000000
+OFFERED = ("root bare", "volume away", "volume of-root", "volume odd")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    tmp_path.chmod(0o755)
+    return tmp_path / "settings.toml"
+
+
+def check(settings: Path, text: str) -> dict[str, Any]:
+    settings.write_text(f'state_dir = "state"\n{text}')
+    done = subprocess.run(
+        [JOBRUNNERD, "check", "--json", "--config", str(settings)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stderr == ""
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    assert done.returncode == 3 * any(finding["level"] == "missing" for finding in found.values())
+    return found
+
+
+def test_a_job_is_run_and_nothing_is_left_of_it(settings: Path) -> None:
+    (settings.parent / "state").mkdir()
+    before = processes(), cgroups()
+    job = check(settings, "")["job"]
+    assert job["level"] == "ok"
+    assert "no capability, filter set, a read-only root" in job["what"]
+    assert os.listdir(settings.parent / "state") == []
+    assert (processes() - before[0], cgroups() - before[1]) == (set(), set())
+
+
+def processes() -> set[str]:
+    """Shims of this check's jobs: their arguments name its directory."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                directory = os.readlink(entry / "cwd")
+            except OSError:
+                continue
+            if ".jobrunner-check-" in directory:
+                found.add(entry.name)
+    return found
+
+
+def cgroups() -> set[str]:
+    return {path for path, _, _ in os.walk("/sys/fs/cgroup") if "jobrunner-check" in path}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("NoNewPrivs:\t1", "NoNewPrivs:\t0"),
+        ("Seccomp:\t2", "Seccomp:\t0"),
+        ("CapBnd:\t0000000000000000", "CapBnd:\t0000000000000001"),
+        (f"Uid:\t{UID}\t{UID}", f"Uid:\t{UID}\t0"),
+        ("Groups:\t \n", "Groups:\t0 \n"),
+        ("/ tmpfs ro,nosuid", "/ tmpfs rw,nosuid"),
+    ],
+)
+def test_a_job_that_is_not_as_it_should_be_is_told(change: tuple[str, str]) -> None:
+    ids = "\t".join([str(UID)] * 4)
+    sets = "".join(f"Cap{name}:\t0000000000000000\n" for name in ("Inh", "Prm", "Eff", "Bnd", "Amb"))
+    right = (
+        f"Name:\tcat\nUid:\t{ids}\nGid:\t{ids}\nGroups:\t \n{sets}NoNewPrivs:\t1\nSeccomp:\t2\ntmpfs / tmpfs ro,nosuid,nodev 0 0\n"
+    )
+    assert _untrue(right, UID) == []
+    assert len(_untrue(right.replace(*change), UID)) == 1
+
+
+def test_what_is_offered_and_cannot_be_had_is_told_and_the_remedies_help(settings: Path) -> None:
+    there = settings.parent
+    (there / "of-root").mkdir()
+    offered = f"""
+workspaces = true
+network_host = true
+[ceilings]
+read_iops = 100
+[roots]
+bare = "{there}/bare"
+[volumes]
+away = {{path = "{there}/away", owner = "4242:4242"}}
+of-root = "{there}/of-root"
+odd = {{path = "/proc/tty", owner = "4242:4242"}}
+"""
+    found = check(settings, offered)
+    assert [found[name]["level"] for name in ("job", "workspace", "network host")] == ["ok"] * 3
+    told = {name: (found[name]["level"], found[name]["what"], found[name]["remedy"].partition(",")[0]) for name in OFFERED}
+    assert told == {
+        "root bare": ("limited", f"root: {there}/bare: No such file or directory", "make the directory"),
+        "volume away": ("limited", f"volume: {there}/away: No such file or directory", "make the directory"),
+        "volume of-root": ("limited", told["volume of-root"][1], "give the directory to another user"),
+        "volume odd": ("limited", told["volume odd"][1], told["volume odd"][2]),
+    }
+    assert "its directory is root's" in told["volume of-root"][1]
+    assert "its file system cannot map ids" in told["volume odd"][1]
+    assert 'owner = "keep"' in found["volume odd"]["remedy"]
+    (there / "bare").mkdir()
+    (there / "away").mkdir()
+    os.chown(there / "of-root", 4242, 4242)
+    mended = check(settings, offered.replace('"/proc/tty", owner = "4242:4242"', '"/proc/tty", owner = "keep"'))
+    assert {mended[name]["level"] for name in OFFERED} == {"ok"}

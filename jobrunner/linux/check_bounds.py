@@ -137,7 +137,7 @@ def _apparmor() -> Finding:
 
 
 def _core_dumps() -> Finding:
-    """For information: core(5): a pattern that is a pipe is run as root of the host; for jobs it is not (shim/command.c, seccomp.py)."""
+    """For information: core(5). A pattern that is a pipe is run as root of the host; not for jobs (shim/command.c, seccomp.py)."""
     try:
         pattern = (SYSCTL / "kernel/core_pattern").read_text().strip()
     except OSError:

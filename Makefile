@@ -11,7 +11,7 @@ SHIM := jobrunner/shim/jobrunner-shim
 SHIM_SOURCES := $(wildcard jobrunner/shim/*.c jobrunner/shim/*.h)
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: help venv shim lock proto check format test test-vm test-docker demo bench soak clean
+.PHONY: help venv shim lock proto check format test test-vm test-docker demo bench attack soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -66,6 +66,9 @@ demo: ## the original design's examples, over mutual TLS; needs root
 
 bench: venv ## measure; tables here, figures in build/bench.json; needs root and bwrap
 	$(BIN)/python -m tests.bench --out build/bench.json
+
+attack: venv ## attacks on a real server at their full size, with what an innocent client notices; needs root
+	JOBRUNNER_ATTACK=full $(BIN)/pytest -s tests/service/test_attacks.py
 
 soak: venv ## load and abuse for long: followers, memory, instant endings, 1,000 jobs, 300 kills of the server; SHORT=1 for what CI runs; needs root
 	$(BIN)/python -m tests.soak $(if $(SHORT),--short)

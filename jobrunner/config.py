@@ -44,6 +44,7 @@ DEFAULTS = Limits(
 NO_LIMITS = Limits()
 NO_OFFERS = Offers()
 ON_SHUTDOWN = ("keep", "stop")
+LOG_FORMATS = ("text", "json")
 ON_WRITE_ERROR = ("continue", "stop")
 _KUBERNETES = re.compile(r"JOBRUNNERD_(SERVICE_HOST|SERVICE_PORT.*|PORT(_.*)?)")
 """Set in every pod of a namespace that has a service named jobrunnerd; none of them is ours."""
@@ -156,6 +157,8 @@ class ServerConfig:
     send_timeout: float = 60.0
     """Seconds after which a stream whose peer takes nothing is ended."""
     log_level: str = "info"
+    log_format: str = "text"
+    """`text` for people, `json` for programs."""
     on_shutdown: str = "keep"
     """What becomes of the jobs that run when the server is told to leave: `keep` lets them run on, `stop` stops them first."""
     shutdown_grace: float = 5.0
@@ -213,6 +216,7 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "receive_timeout": checked.between(checked.seconds, 0.1, 86400),
     "send_timeout": checked.between(checked.seconds, 0.1, 86400),
     "log_level": checked.log_level,
+    "log_format": checked.word(*LOG_FORMATS),
     "on_shutdown": checked.word(*ON_SHUTDOWN),
     "shutdown_grace": checked.between(checked.seconds, 0, 86400),
 }

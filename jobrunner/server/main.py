@@ -30,7 +30,7 @@ from jobrunner.config import RunnerConfig, ServerConfig, load, load_runner
 from jobrunner.errors import ConfigError, InternalError, JobRunnerError
 from jobrunner.linux.finding import Level
 from jobrunner.runner import JobRunner
-from jobrunner.server import control, hostcheck
+from jobrunner.server import control, hostcheck, logs
 from jobrunner.server.account import Account
 from jobrunner.server.app import JobServer
 from jobrunner.server.audit import Audit
@@ -243,7 +243,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[RunningServer]:
 
 
 def _run(config: ServerConfig, ready: Callable[[str], None]) -> None:
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logs.begin(config.log_level, config.log_format)
     if sys.version_info < (3, 12):
         # The default watcher of Python 3.11 has a thread for each child; from 3.12 on this one is the default.
         asyncio.get_event_loop_policy().set_child_watcher(asyncio.PidfdChildWatcher())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from jobrunner.client import ClientJob, JobClient
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import JobRunnerError, PermissionDenied
 from jobrunner.job import JobStatus
+from jobrunner.pki import Authority, Profile
 from jobrunner.runner import JobRunner
 from jobrunner.server.devcerts import make_certs
 
@@ -102,6 +104,25 @@ async def test_settings_come_from_variables_too(tmp_path: Path) -> None:
     env = {f"JOBRUNNERD_{name}": str(tmp_path / file) for name, file in names.items()} | {"JOBRUNNERD_LISTEN": "127.0.0.1:0"}
     async with daemon("serve", env=ENVIRONMENT | env) as server:
         assert (await server.line("listening on ")).startswith("127.0.0.1:")
+
+
+async def test_its_log_may_be_json_and_what_a_peer_says_is_no_line_of_it(tmp_path: Path) -> None:
+    serving = serve_args(tmp_path)
+    with Authority.opened(tmp_path) as authority:
+        authority.issue("eve", Profile("eve\n{}", "viewer"), days=1)
+    async with daemon(*serving, env=ENVIRONMENT | {"JOBRUNNERD_LOG_FORMAT": "json"}) as server:
+        async with client(tmp_path, await server.line("listening on "), "eve") as viewer:
+            with pytest.raises(PermissionDenied):
+                await viewer.start("true")
+        server.process.send_signal(signal.SIGTERM)
+        await server.line("SIGTERM: shutting down")
+        assert await server.exit_code() == 0
+    told = [json.loads(line) for line in server.stderr.splitlines() if not line.startswith("listening on ")]
+    denied, shutting = (next(line for line in told if word in line["message"]) for word in ("denied", "SIGTERM"))
+    assert set(denied) == {"time", "level", "logger", "message"}
+    assert (denied["level"], denied["logger"]) == ("warning", "jobrunner.server.auth")
+    assert "'eve\\n{}'" in denied["message"]
+    assert shutting["level"] == "info"
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def work_kind(limits: Limits, projects: Projects) -> str:
 
 async def mounts(record: JobRecord, config: RunnerConfig, state: StateDir, workspaces: Workspaces) -> list[VolumeMount]:
     """The job's volumes and its workspace, and its own directory bounded. Raises StartFailed, LimitReached."""
-    if not record.spec.volumes and not record.spec.workspace and not _is_bounded(record):
+    if not (record.spec.root or record.spec.volumes or record.spec.workspace or _is_bounded(record)):
         return []
     # A directory may be away for long, or for ever: its thread is left to itself then. And quotas are on disk.
     try:
@@ -95,6 +95,8 @@ def _mounts(record: JobRecord, config: RunnerConfig, state: StateDir, workspaces
             state.projects.bound(state.directory(record.job_id) / "work", record.limits.work_size)
         except OSError as exc:
             raise StartFailed(spec.command, "work", exc.errno or 0, "project quota") from exc
+    if spec.root and os.path.realpath(root_of(spec, config)) != os.path.normpath(root_of(spec, config)):
+        raise StartFailed(spec.command, "root", errno.ELOOP, spec.root + LINK.replace("[volumes]", "[roots]"))
     found = [_mount(spec, config.offers.volumes[name], name, read_only) for name, read_only in map(_split, spec.volumes)]
     if spec.workspace:
         found.append(workspaces.prepare(record))

@@ -74,6 +74,17 @@ async def test_a_link_that_a_job_has_put_on_the_way_is_not_followed(tmp_path: Pa
             assert (caught.value.step, caught.value.errno) == ("volume", errno.ELOOP)
 
 
+@pytest.mark.parametrize("place", ["root", "root/below"])
+async def test_no_root_is_behind_a_link(tmp_path: Path, place: str) -> None:
+    """It may lead through what jobs write to, which the configuration does not say."""
+    directory(tmp_path / "cache" / "below")
+    (tmp_path / "root").symlink_to(tmp_path / "cache")
+    async with open_runner(tmp_path, offers=Offers(roots={"one": tmp_path / place})) as runner:
+        with pytest.raises(StartFailed, match="root: one: .* symbolic link; \\[roots\\] has to name where that leads"):
+            await runner.start(JobSpec("true", root="one"))
+        assert runner.running == 0
+
+
 async def test_no_file_is_in_two_volumes(tmp_path: Path) -> None:
     one, two = directory(tmp_path / "one"), directory(tmp_path / "two")
     script = "cd /volumes; echo x > one/file; ln one/file one/again && ln one/file two/file"
@@ -92,7 +103,7 @@ async def test_devices_and_setuid_programs_of_a_volume_are_plain_files(tmp_path:
         assert zero.read(1) == b"\0"
     (cache / "id").write_bytes(Path("/usr/bin/id").read_bytes())
     (cache / "id").chmod(0o4755)  # root's
-    script = "cd /volumes/cache; head -c1 zero; ./id -u; mknod another c 1 5; id -u"
+    script = "exec 2>&1; cd /volumes/cache; head -c1 zero; ./id -u; mknod another c 1 5; id -u"
     async with open_runner(tmp_path, **offering(cache=cache)) as runner:
         _, data = await run_output(runner, shell(script, volumes=["cache"]))
     lines = data.decode().splitlines()

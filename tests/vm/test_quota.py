@@ -125,9 +125,6 @@ async def test_a_job_cannot_leave_its_project(disk: Disk) -> None:
             await arena.attack("bombs", "fill", "/work/bomb", "20", limits=limits)
         ).text == f"refused: {errno.errorcode[disk.full]}"
         assert (await arena.attack(*attack, limits=limits, without=["seccomp"])).text == "succeeded: 20 MiB"
-        await arena.bystander.stop(grace=0)
-        for job in await arena.runner.list():
-            await arena.runner.remove(job.job_id)
 
 
 async def test_what_ended_jobs_have_on_disk_is_counted_with_their_output(disk: Disk) -> None:

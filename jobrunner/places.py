@@ -96,7 +96,7 @@ def _mounts(record: JobRecord, config: RunnerConfig, state: StateDir, workspaces
         except OSError as exc:
             raise StartFailed(spec.command, "work", exc.errno or 0, "project quota") from exc
     if spec.root and os.path.realpath(root_of(spec, config)) != os.path.normpath(root_of(spec, config)):
-        raise StartFailed(spec.command, "root", errno.ELOOP, spec.root + LINK.replace("[volumes]", "[roots]"))
+        raise StartFailed(spec.command, "root", errno.ELOOP, f"{spec.root}: {LINK.replace('[volumes]', '[roots]')}")
     found = [_mount(spec, config.offers.volumes[name], name, read_only) for name, read_only in map(_split, spec.volumes)]
     if spec.workspace:
         found.append(workspaces.prepare(record))
@@ -143,7 +143,7 @@ def _mount(spec: JobSpec, volume: Volume, name: str, read_only: bool) -> VolumeM
     except OSError as exc:
         raise StartFailed(spec.command, "volume", exc.errno or 0, name) from exc
     if stat.S_ISLNK(found.st_mode):  # one above it is the launcher's to refuse
-        raise StartFailed(spec.command, "volume", errno.ELOOP, name + LINK)
+        raise StartFailed(spec.command, "volume", errno.ELOOP, f"{name}: {LINK}")
     if not stat.S_ISDIR(found.st_mode):
         raise StartFailed(spec.command, "volume", errno.ENOTDIR, name)
     if 0 not in (found.st_uid, found.st_gid):

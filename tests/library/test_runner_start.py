@@ -76,7 +76,6 @@ def _left(tmp_path: Path) -> tuple[list[str], list[str], int]:
 @pytest.mark.parametrize(
     ("field", "spec"),
     [
-        ("writable", JobSpec("true", writable=True)),
         ("user", JobSpec("true", user="x")),
         ("stdin", JobSpec("true", stdin=True)),
     ],

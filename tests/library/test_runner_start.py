@@ -58,6 +58,7 @@ async def test_a_start_that_fails_says_where_and_why_and_leaves_nothing(
 ) -> None:
     async with open_runner(tmp_path) as runner:
         await run(runner, JobSpec("true"))  # makes the base of the cgroup tree
+        await runner.settled()
         before = _left(tmp_path)
         with pytest.raises(StartFailed) as caught:
             await runner.start(spec)

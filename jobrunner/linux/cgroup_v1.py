@@ -50,6 +50,7 @@ class CgroupV1:
         self.missing = missing
         self._directories = directories
         self._cpuset = cpuset
+        self._throttles = [directories["blkio"] / f"blkio.throttle.{name}_device" for name in _THROTTLES if "blkio" in directories]
         self._counters = _counters(directories, files)
 
     def __repr__(self) -> str:
@@ -75,6 +76,7 @@ class CgroupV1:
             items.append(("cgroup2-job", str(self._directories[UNIFIED])))
         if "cpu" in v1:
             items += [("cpu-quota", f"{directory}/cpu.cfs_quota_us") for directory in (v1["cpu"], v1["cpu"] / JOB)]
+        items += [("io-limit", str(file)) for file in self._throttles if file.exists()]
         if "memory" in v1:
             items.append(("oom-control", f"{v1['memory']}/memory.oom_control"))
         return items + [counter.item() for counter in self._counters]
@@ -94,6 +96,8 @@ class CgroupV1:
         if "cpu" in self._directories:  # dying takes CPU time
             for place in (self._directories["cpu"] / JOB, self._directories["cpu"]):
                 write_if_there(place / "cpu.cfs_quota_us", "-1")
+        for file in self._throttles:  # and who waits for the disk takes no signal
+            kernfs.lift_io(file)
         # Of init's hierarchies the first that is not also the shim's: a shim that lives has its job's end in hand.
         job = next((self._directories[name] for name in ("pids", "memory", "blkio", "cpuacct") if name in self._directories), None)
         if job is not None:
@@ -107,6 +111,7 @@ class CgroupV1:
         return await kernfs.remove_soon(self.remove, timeout)
 
 
+_THROTTLES = ("read_bps", "write_bps", "read_iops", "write_iops")
 _NOW = (("memory", "memory", "memory.usage_in_bytes"), ("pids", "pids", "pids.current"))
 
 

@@ -73,6 +73,8 @@ class CgroupV2:
     def launch_items(self) -> list[tuple[str, str]]:
         where = [("cgroup2-shim", str(self._shim)), ("cgroup2-job", str(self._job)), ("cgroup-view", f". {self._job}")]
         where += [("cpu-quota", str(file)) for file in self._quotas if file.exists()]
+        if (self._job / "io.max").exists():
+            where.append(("io-limit", str(self._job / "io.max")))
         if (self._job / "memory.events").exists():
             where.append(("oom-events", str(self._job / "memory.events")))
         return where + [counter.item() for counter in self._counters]
@@ -84,6 +86,7 @@ class CgroupV2:
     def kill(self) -> None:
         for file in self._quotas:  # dying takes CPU time
             write_if_there(file, "max")
+        kernfs.lift_io(self._job / "io.max")  # and who waits for the disk takes no signal
         if (self._job / "cgroup.kill").exists():
             write_if_there(self._job / "cgroup.kill", "1")
             return

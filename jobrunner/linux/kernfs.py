@@ -21,6 +21,7 @@ __all__ = [
     "can_enter",
     "has_swap",
     "kill_members",
+    "lift_io",
     "make",
     "read",
     "remedy",
@@ -120,6 +121,14 @@ def write_if_there(path: str | Path, text: str) -> None:
     """Write what helps and is not promised: a kernel without it does without."""
     with contextlib.suppress(OSError):
         write(path, text)
+
+
+def lift_io(path: str | Path) -> None:
+    """Take every device's limit out of a `blkio.throttle.*_device` (v1) or `io.max`, as the shim does (lift.c)."""
+    with contextlib.suppress(OSError):
+        for line in read(path).splitlines():
+            device = line.split()[0]
+            write_if_there(path, f"{device} rbps=max wbps=max riops=max wiops=max" if "=" in line else f"{device} 0")
 
 
 def set_and_check(path: str | Path, text: str, kept: Callable[[str], bool]) -> None:

@@ -49,6 +49,7 @@ static const struct key PLAN_KEYS[] = {
 	{"oom-control", PATH, false, AT(plan, oom_control), 0, 0, 0},
 	{"oom-events", PATH, false, AT(plan, oom_events), 0, 0, 0},
 	{"cpu-quota", PATHS, false, AT(plan, cpu_quotas), AT(plan, n_cpu_quotas), 0, MAX_QUOTAS},
+	{"io-limit", PATHS, false, AT(plan, io_limits), AT(plan, n_io_limits), 0, MAX_CGROUPS},
 	{"counter", TEXTS, false, AT(plan, counters), AT(plan, n_counters), 0, MAX_COUNTERS},
 	{"hostname", TEXT, true, AT(plan, hostname), 0, 0, 0},
 	{"cwd", PATH, true, AT(plan, cwd), 0, 0, 0},
@@ -314,7 +315,7 @@ void plan_free(struct plan *plan)
 	munmap(plan->vectors, plan->vectors_size);
 	plan->dir = plan->cgroup2_shim = plan->cgroup2_job = plan->oom_control = plan->oom_events = plan->hostname = plan->cwd = NULL;
 	plan->root = plan->work = plan->user_name = plan->seccomp = NULL;
-	plan->n_cgroup1_shim = plan->n_cgroup1_job = plan->n_counters = plan->n_cpu_quotas = 0;
+	plan->n_cgroup1_shim = plan->n_cgroup1_job = plan->n_counters = plan->n_cpu_quotas = plan->n_io_limits = 0;
 	plan->n_show = plan->n_mask = plan->n_cgroup_views = plan->n_volumes = 0;
 	plan->argv = plan->env = NULL;
 }

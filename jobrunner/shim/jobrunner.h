@@ -42,7 +42,8 @@ struct volume {
 struct plan {
 	const char *dir, *cgroup2_shim, *cgroup2_job, *oom_control, *oom_events, *hostname, *cwd;
 	const char *cgroup1_shim[MAX_CGROUPS], *cgroup1_job[MAX_CGROUPS], *counters[MAX_COUNTERS], *cpu_quotas[MAX_QUOTAS];
-	int n_cgroup1_shim, n_cgroup1_job, n_counters, n_cpu_quotas;
+	const char *io_limits[MAX_CGROUPS];
+	int n_cgroup1_shim, n_cgroup1_job, n_counters, n_cpu_quotas, n_io_limits;
 	int64_t merge, stop_signal, grace_ms, timeout_ms, idle_timeout_ms, segment_bytes, open_files, processes;
 	int64_t network_host;		/* 1: the host's network instead of one with loopback alone */
 	int64_t output_limit, limit_stops, error_stops;	/* the last two: 1 if that ends the job */
@@ -183,7 +184,7 @@ void retention_grow(size_t size);
 struct places {
 	int dir, log, null;
 	int cgroup2_shim, cgroup2_job, oom_control, event_control, oom_events;
-	int cpu_quotas[MAX_QUOTAS], n_cpu_quotas;
+	int cpu_quotas[MAX_QUOTAS], n_cpu_quotas, io_limits[MAX_CGROUPS], n_io_limits;
 	const char *no_quota;		/* what lifts the CPU limit when it is written to each of them */
 	int cgroup1_shim[MAX_CGROUPS], cgroup1_job[MAX_CGROUPS];
 };
@@ -222,6 +223,7 @@ void supervise(struct job *job);							/* supervise.c */
 void decide(struct job *job);
 void kill_init(struct job *job);
 bool take_messages(struct job *job);
+void lift_limits(const struct places *places);						/* lift.c */
 void copy_watch(const struct job *job, int64_t now, struct pollfd out[2], int64_t *wake);	/* copy.c */
 void copy_ready(struct job *job, const struct pollfd out[2]);
 void copy_rest(struct job *job);

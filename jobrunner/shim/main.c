@@ -103,6 +103,8 @@ static int open_places(const struct plan *plan, struct places *places, struct re
 		places->cpu_quotas[places->n_cpu_quotas++] = open_at(AT_FDCWD, plan->cpu_quotas[i], O_WRONLY, "cgroup", why);
 		places->no_quota = strstr(plan->cpu_quotas[i], "/cpu.max") ? "max" : "-1";	/* v2, v1 */
 	}
+	for (int i = 0; i < plan->n_io_limits; i++)
+		places->io_limits[places->n_io_limits++] = open_at(AT_FDCWD, plan->io_limits[i], O_RDWR, "cgroup", why);
 	return why->kind == REPORT_FAILED ? -1 : 0;
 }
 

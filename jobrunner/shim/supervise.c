@@ -21,15 +21,13 @@ enum { OUT, ERR, INIT, CHANNEL, CTL, OOM, N_WATCHED };
 
 /*
  * With init goes everything in its PID namespace (pid_namespaces(7)), whether it goes by our kill, after its command's own end, or by
- * the kernel's kill of the whole cgroup. Dying takes CPU time, and hundreds of processes under a small CPU limit would take minutes
- * to die: the limit goes with init. The signal makes sure that it does go, whoever spoke in its name, before the limit does.
+ * the kernel's kill of the whole cgroup. The limits that would hold that up go with init (lift.c). The signal makes sure that it does
+ * go, whoever spoke in its name, before they do.
  */
 static void let_it_die(const struct job *job)
 {
-	const struct places *places = job->places;
 	send_signal(job->init, SIGKILL);
-	for (int i = 0; i < places->n_cpu_quotas; i++)
-		write_all(places->cpu_quotas[i], places->no_quota, strlen(places->no_quota));
+	lift_limits(job->places);
 }
 
 /* The one way to end a job that has not ended by itself. */

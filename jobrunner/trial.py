@@ -16,6 +16,7 @@ from pathlib import Path
 
 import anyio
 
+from jobrunner import places
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import HostError, JobRunnerError, StartFailed
 from jobrunner.handle import RunnerJob
@@ -26,6 +27,7 @@ from jobrunner.linux.remedies import of_step
 from jobrunner.linux.user import is_root
 from jobrunner.output import Chunk
 from jobrunner.runner import JobRunner
+from jobrunner.shim.launch import Report
 
 __all__ = ["run"]
 
@@ -92,20 +94,24 @@ async def _jobs(runner: JobRunner, found: list[Finding]) -> None:
     found.append(await _plain(runner))
     if found[-1].level is Level.MISSING:
         return
-    for name, right, spec in _offered(runner.config):
-        found += [await _special(runner, name, right, spec)]
+    for name, right, spec, caller in _offered(runner.config):
+        found += [await _special(runner, name, right, spec, caller)]
 
 
-def _offered(config: RunnerConfig) -> Iterator[tuple[str, str, JobSpec]]:
-    """What jobs may ask for: its finding's name, what is said when it works, and a job that asks for it."""
+def _offered(config: RunnerConfig) -> Iterator[tuple[str, str, JobSpec, str]]:
+    """What jobs may ask for: its finding's name, what is said when it works, a job that asks for it, and who may."""
+    given = "can be given to jobs"
+    yield "writable root", given, JobSpec("true", writable=True), ""
     for name in config.offers.roots:
-        yield f"root {name}", "can be entered", JobSpec("true", root=name)
+        yield f"root {name}", "can be entered", JobSpec("true", root=name), ""
     for name, volume in config.offers.volumes.items():
-        yield f"volume {name}", "can be given to jobs", JobSpec("true", volumes=(f"{name}:ro" if volume.read_only else name,))
+        yield f"volume {name}", given, JobSpec("true", volumes=(f"{name}:ro" if volume.read_only else name,)), ""
+    for name, user in config.offers.users.items() if is_root() else ():
+        yield f"user {name}", "jobs can be it", JobSpec("true", user=name), (user.callers or ("",))[0]
     if config.workspaces:
-        yield "workspace", "can be given to jobs", JobSpec("true", workspace="check")
+        yield "workspace", given, JobSpec("true", workspace="check"), ""
     if config.network_host:
-        yield "network host", "can be given to jobs", JobSpec("true", network="host")
+        yield "network host", given, JobSpec("true", network="host"), ""
 
 
 async def _plain(runner: JobRunner) -> Finding:
@@ -126,10 +132,10 @@ async def _plain(runner: JobRunner) -> Finding:
     return Finding(Level.OK, "job", what)
 
 
-async def _special(runner: JobRunner, name: str, right: str, spec: JobSpec) -> Finding:
+async def _special(runner: JobRunner, name: str, right: str, spec: JobSpec, caller: str) -> Finding:
     """A job that asks for one thing more; that it cannot have it leaves other jobs possible."""
     try:
-        await (await runner.start(spec)).wait()
+        await (await runner.start(spec, user=caller)).wait()
     except StartFailed as exc:
         if exc.step != "exec":  # the last step, so what was asked for was there; a root need not have a `true`
             return _failed(name, Level.LIMITED, exc)
@@ -142,8 +148,11 @@ def _failed(name: str, level: Level, exc: JobRunnerError) -> Finding:
     if not isinstance(exc, StartFailed):
         return Finding(level, name, exc.message, "see the message")
     reason = os.strerror(exc.errno) if exc.errno else ""
-    what = ": ".join(part for part in (exc.step, exc.detail.partition("; ")[0], reason) if part)
-    return Finding(level, name, what, of_step(exc.step, exc.errno, exc.detail))
+    known = places.remedy(Report(False, exc.step, exc.errno))
+    what = ": ".join(
+        part for part in (exc.step, exc.detail.partition(known)[0].rstrip(": ") if known else exc.detail, reason) if part
+    )
+    return Finding(level, name, what, known or of_step(exc.step, exc.errno, exc.detail))
 
 
 async def _output(job: RunnerJob) -> str:

@@ -36,10 +36,6 @@ _PROC = (
     "the outer /proc is masked: docker: --security-opt systempaths=unconfined; compose: security_opt: [systempaths:unconfined]; "
     "podman: --security-opt unmask=ALL; systemd: no ProtectKernelTunables=, ProtectProc= or ProcSubset="
 )
-_IDMAP = (
-    "a file system that maps ids (ext4, xfs, btrfs, Linux 5.12 or later; tmpfs since 6.3; not NFS); a volume may also "
-    'keep its owners: owner = "keep" in [volumes]'
-)
 _UNKNOWN = "no remedy is known for this: please report it, with `uname -a`"
 _OF_NAMESPACES = {"network": "net", "mount": "mnt"}
 """What user.max_*_namespaces calls them, where that is not the name of the probe."""
@@ -76,7 +72,6 @@ _OF_STEP: dict[tuple[str, int | None], str] = {
     ("pivot", errno.EPERM): capabilities(("CAP_SYS_CHROOT",)),
     ("seccomp", errno.EINVAL): "a kernel with CONFIG_SECCOMP_FILTER=y",
     ("keyring", errno.EDQUOT): "sysctl -w kernel.keys.root_maxkeys=1000000 kernel.keys.root_maxbytes=25000000",
-    ("idmap", errno.EINVAL): _IDMAP,
     ("volume", errno.ENOENT): "make the directory, or take it out of [volumes]",
     ("volume", 0): 'give the directory to another user, set owner = "UID:GID" in [volumes], or read_only = true',
     ("root", errno.ENOENT): "make the directory, or take it out of [roots]",

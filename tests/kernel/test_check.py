@@ -110,6 +110,7 @@ def test_each_thing_has_its_line(here: tuple[int, Found]) -> None:
         "workspaces",
         "core dumps",
         "job",
+        "writable root",
     }
 
 

@@ -14,7 +14,16 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 from h2.exceptions import H2Error
 
-from jobrunner.errors import InternalError, JobRunnerError, LimitReached, Timeout, Unauthenticated, Unavailable, Unsupported
+from jobrunner.errors import (
+    InternalError,
+    InvalidRequest,
+    JobRunnerError,
+    LimitReached,
+    Timeout,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+)
 from jobrunner.wire.status import ERROR_TRAILER, error_from_wire
 
 if TYPE_CHECKING:
@@ -87,6 +96,8 @@ async def translated(channel: ClientChannel, verb: str, timeout: float | None = 
         raise await _lost(channel, exc) from exc
     except (OSError, H2Error, ProtocolError) as exc:
         raise await _lost(channel, exc) from exc
+    except UnicodeEncodeError as exc:
+        raise InvalidRequest("request", f"{exc.object[:64]!r} is no text that can be sent", verb) from exc
     except (AssertionError, AttributeError, NotImplementedError, ValueError, OverflowError) as exc:
         # A message that is none (`wire.codec`), or grpclib's own words for a peer that does not keep to the protocol.
         raise InternalError(f"cannot {verb}: unexpected answer from {_address(channel)}: {exc!r}") from exc

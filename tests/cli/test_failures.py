@@ -51,6 +51,7 @@ def test_an_unknown_id(server: ServerProcess, verb: str, job_id: str) -> None:
         ("/no/such/command", 127, "No such file or directory"),
         ("/etc/passwd", 126, "Permission denied"),
         ("/usr", 126, "(Permission denied|Is a directory)"),
+        ("/etc/passwd/x", 126, "Not a directory"),
     ],
 )
 @pytest.mark.parametrize("verb", ["start", "run"])
@@ -85,6 +86,10 @@ def test_a_working_directory_that_is_not_there(server: ServerProcess) -> None:
         (["start", "--grace", "-1", "true"], "grace"),
         (["start", "echo", os.fsdecode(b"\xff")], "args[0]"),
         (["stop", "--grace", "x", NO_ID], "grace"),
+        (["stop", "--grace", "9223372036854775808", NO_ID], "grace"),
+        (["workspace", "rm", os.fsdecode(b"\xff")], "request"),
+        (["ls", "--name", os.fsdecode(b"\xff")], "request"),
+        (["log", "--tail", "9" * 19, "--since", "now", NO_ID], "since"),
         (["log", "--offset", "-1", NO_ID], "offset"),
         (["log", "--stream", "stdin", NO_ID], "stream"),
         (["ls", "--status", "dead"], "status"),
@@ -92,7 +97,7 @@ def test_a_working_directory_that_is_not_there(server: ServerProcess) -> None:
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )
 def test_a_bad_value_names_its_field(server: ServerProcess, words: list[str], field: str) -> None:
-    assert_fails(jobrunner(server, *words), 65, rf"cannot \w+ \w+: {re.escape(field)}: .+")
+    assert_fails(jobrunner(server, *words), 65, rf"cannot \w+ \w+( {NO_ID})?: {re.escape(field)}: .+")
 
 
 @pytest.mark.parametrize(

@@ -252,8 +252,8 @@ def load(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[
     """
     toml_file = toml_file or _named(environ)
     found = _found(toml_file, environ, overrides)
-    if os.geteuid() != 0:
-        found.setdefault("state_dir", _users_state_dir(environ))
+    if os.geteuid() != 0 and "state_dir" not in found:
+        found["state_dir"] = _users_state_dir(environ)
     for key in REQUIRED:
         if key not in found:
             where = f"configuration {toml_file}" if toml_file else "configuration"
@@ -270,8 +270,10 @@ def load(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[
 
 def load_runner(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> RunnerConfig:
     """The library's part of the same settings, for what needs no network; nothing is required. Raises ConfigError."""
-    state_dir = STATE_DIR if os.geteuid() == 0 else _users_state_dir(environ)
-    return _runner({"state_dir": state_dir} | _found(toml_file or _named(environ), environ, overrides))
+    found = _found(toml_file or _named(environ), environ, overrides)
+    if "state_dir" not in found:
+        found["state_dir"] = STATE_DIR if os.geteuid() == 0 else _users_state_dir(environ)
+    return _runner(found)
 
 
 def _users_state_dir(environ: Mapping[str, str]) -> Path:

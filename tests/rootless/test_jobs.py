@@ -10,12 +10,30 @@ from pathlib import Path
 import pytest
 
 from jobrunner import JobSpec, Limits, OutputPolicy, StartFailed
-from jobrunner.errors import HostError
+from jobrunner.config import load_runner
+from jobrunner.errors import ConfigError, HostError
 from jobrunner.offers import Offers, Owner, Volume
 from tests.rootless import CONFIG
 from tests.support.runner import open_runner, output, run, run_output, shell
 from tests.support.shim import all_pids, link_of, read_proc, status_field, wait_until
 from tests.support.timing import fail_after
+
+
+@pytest.mark.parametrize(
+    ("environ", "place"),
+    [
+        ({"HOME": "/h"}, "/h/.local/state/jobrunner"),
+        ({"HOME": "/h", "XDG_STATE_HOME": "/x"}, "/x/jobrunner"),
+        ({"HOME": "/h", "XDG_STATE_HOME": "x"}, "/h/.local/state/jobrunner"),
+    ],
+)
+def test_jobs_are_kept_where_a_users_state_is(environ: dict[str, str], place: str) -> None:
+    assert load_runner(None, environ, {}).state_dir == Path(place)
+    assert load_runner(None, environ, {"state_dir": "/given"}).state_dir == Path("/given")
+    assert load_runner(None, {}, {"state_dir": "/given"}).state_dir == Path("/given")
+    with pytest.raises(ConfigError, match="state_dir: is not set, and neither is HOME"):
+        load_runner(None, {}, {})
+
 
 FACTS = """
 id -u; whoami; pwd; echo $HOME; uname -n; cat /proc/self/uid_map

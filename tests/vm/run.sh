@@ -17,7 +17,8 @@ what=("$@")
     tests/library/test_oom_of_helpers.py
     tests/hostile/test_{exhaustion,processes,sockets}.py
     tests/kernel/test_overlay.py tests/library/test_writable.py
-    tests/vm/test_{core,quota,unit,hardening}.py
+    tests/system/test_rootless.py
+    tests/vm/test_{core,quota,unit,user,hardening}.py
 )
 . "$here/machine.sh"
 

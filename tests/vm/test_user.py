@@ -16,18 +16,30 @@ from tests.support.timing import at_most
 
 ROOT = Path(__file__).parents[2]
 NAME = "jobrunner-user"
-JOB = """
+PROGRAM = """
 import asyncio, sys
 from pathlib import Path
 from jobrunner import JobSpec, Limits
 from jobrunner.config import RunnerConfig
 from jobrunner.runner import JobRunner
 
+LIMITS = Limits(memory=32 << 20, cpus=0.5, pids=8)
+
+async def first(runner):
+    hungry = await runner.start(JobSpec("sh", ("-c", "tail /dev/zero"), limits=LIMITS))
+    info = await hungry.wait()
+    print(info.end_reason, [text for text in info.missing if ": not limited: " in text])
+    await runner.start(JobSpec("sleep", ("600",), limits=LIMITS))
+
+async def next(runner):
+    (job,) = [job for job in await runner.list() if not job.ended]
+    before = [path for path in job.cgroup.paths.values() if Path(path).exists()]
+    info = await job.stop(grace=0)
+    print(info.end_reason, len(before), [path for path in before if Path(path).exists()])
+
 async def main():
-    async with JobRunner.open(RunnerConfig(state_dir=Path(sys.argv[1]))) as runner:
-        job = await runner.start(JobSpec("sh", ("-c", "tail /dev/zero"), limits=Limits(memory=32 << 20, cpus=0.5, pids=8)))
-        info = await job.wait()
-        print(info.end_reason, [text for text in info.missing if "not limited: " in text and not text.startswith("disk")])
+    async with JobRunner.open(RunnerConfig(state_dir=Path(sys.argv[2]))) as runner:
+        await globals()[sys.argv[1]](runner)
 
 asyncio.run(main())
 """
@@ -63,6 +75,7 @@ def test_a_scope_of_the_users_has_all_controllers(environ: dict[str, str]) -> No
         assert found[name]["level"] == "ok", found[name]
 
 
-def test_its_jobs_are_limited(environ: dict[str, str]) -> None:
-    done = delegated(environ, sys.executable, "-c", JOB, f"/home/{NAME}/state")
-    assert done.stdout == "oom_killed []\n", done.stderr
+def test_its_jobs_are_limited_and_taken_over_by_a_server_in_another_scope(environ: dict[str, str]) -> None:
+    for part, told in (("first", "oom_killed []\n"), ("next", "stopped 1 []\n")):
+        done = delegated(environ, sys.executable, "-c", PROGRAM, part, f"/home/{NAME}/state")
+        assert done.stdout == told, done.stderr

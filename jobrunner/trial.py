@@ -7,6 +7,7 @@ whatever would fail the first real start fails here. Nothing is left of it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 import time
@@ -149,9 +150,10 @@ def _failed(name: str, level: Level, exc: JobRunnerError) -> Finding:
         return Finding(level, name, exc.message, "see the message")
     reason = os.strerror(exc.errno) if exc.errno else ""
     known = places.remedy(Report(False, exc.step, exc.errno))
-    what = ": ".join(
-        part for part in (exc.step, exc.detail.partition(known)[0].rstrip(": ") if known else exc.detail, reason) if part
-    )
+    detail = exc.detail.removesuffix(known).rstrip(": ") if known else exc.detail
+    what = ": ".join(part for part in (exc.step, detail, reason) if part)
+    if name == "workspace" and (exc.step, exc.errno) == ("idmap", errno.EINVAL):
+        known = "a --state-dir on a file system that can map ids: ext4, xfs or btrfs, Linux 5.12; not overlay, not NFS"
     return Finding(level, name, what, known or of_step(exc.step, exc.errno, exc.detail))
 
 

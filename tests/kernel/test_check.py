@@ -215,6 +215,12 @@ def test_a_shim_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert "make shim" in found["shim"]["remedy"]
 
 
+def test_a_library_that_is_not_there_is_told() -> None:
+    code, found = check("for f in $(ldconfig -p | sed -n 's/.*libseccomp.so.2 .*=> //p'); do mount --bind /dev/null $f; done")
+    assert (code, found["libseccomp"]["level"]) == (3, "missing")
+    assert "apt-get install libseccomp2" in found["libseccomp"]["remedy"]
+
+
 def test_another_user_is_told(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     _, found = check(wrap="unshare --user --map-user=1000")

@@ -26,11 +26,10 @@ def settings(tmp_path: Path) -> Path:
     return tmp_path / "settings.toml"
 
 
-def check(settings: Path, text: str) -> dict[str, Any]:
+def check(settings: Path, text: str, *wrap: str) -> dict[str, Any]:
     settings.write_text(f'state_dir = "state"\n{text}')
-    done = subprocess.run(
-        [JOBRUNNERD, "check", "--json", "--config", str(settings)], capture_output=True, text=True, check=False, timeout=60
-    )
+    command = [*wrap, JOBRUNNERD, "check", "--json", "--config", str(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.stderr == ""
     found = {finding["name"]: finding for finding in json.loads(done.stdout)}
     assert done.returncode == 3 * any(finding["level"] == "missing" for finding in found.values())
@@ -120,3 +119,15 @@ odd = {{path = "/proc/tty", owner = "4242:4242"}}
     os.chown(there / "of-root", 4242, 4242)
     mended = check(settings, offered.replace('"/proc/tty", owner = "4242:4242"', '"/proc/tty", owner = "keep"'))
     assert {mended[name]["level"] for name in OFFERED} == {"ok"}
+
+
+def test_a_state_directory_that_cannot_have_workspaces_is_told_and_the_remedy_helps(settings: Path) -> None:
+    there = settings.parent
+    for name in ("lower", "upper", "work", "state"):
+        (there / name).mkdir()
+    layers = f"lowerdir={there}/lower,upperdir={there}/upper,workdir={there}/work"
+    command = ["unshare", "--mount", "sh", "-c", 'mount -t overlay -o "$1" overlay "$2" && shift 2 && exec "$@"', "-", layers]
+    found = check(settings, "workspaces = true\n", *command, f"{there}/state")
+    assert [found[name]["level"] for name in ("job", "workspace")] == ["ok", "limited"]
+    assert found["workspace"]["remedy"].startswith("a --state-dir on a file system that can map ids: ext4")
+    assert check(settings, "workspaces = true\n")["workspace"]["level"] == "ok"  # without the overlay it is on ext4

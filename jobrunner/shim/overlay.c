@@ -137,15 +137,17 @@ static int fill_layer(int lower, int upper, bool files, int depth, const struct 
 }
 
 /* By descriptor, because a path may have characters that the options of an overlay give a meaning to. */
-static int mount_overlay(int lower, int upper, int work)
+static int mount_overlay(int lower, int upper, int work, const struct plan *plan)
 {
 	char paths[3][32];
 	const int fds[3] = {lower, upper, work};
 	for (int i = 0; i < 3; i++)
 		snprintf(paths[i], sizeof paths[i], "/proc/self/fd/%d", fds[i]);
-	/* `off` is safe whatever the kernel was built with: no directory is moved from where a mask or a mode holds it. */
+	/* Whatever the kernel was built with: no directory is moved from where a mask or a mode holds it. */
+	/* What it notes in attributes of its own only the host's root may otherwise. */
 	const struct mount_option options[] = {{"lowerdir", paths[0]}, {"upperdir", paths[1]}, {"workdir", paths[2]},
-					       {"redirect_dir", "off"}, {"metacopy", "off"}, {"index", "off"}, {NULL, NULL}};
+					       {"redirect_dir", "nofollow"}, {"metacopy", "off"}, {"index", "off"},
+					       {plan->user_namespace ? "userxattr" : NULL, NULL}, {NULL, NULL}};
 	return mount_new("overlay", options, PLAIN);
 }
 
@@ -165,7 +167,7 @@ static int cover(int root, const struct plan *plan, const char *path, int lower,
 	int mount = -1, target = -1;
 	n_layers++;
 	if (upper >= 0 && work >= 0 && fill_layer(lower, upper, files, 0, plan) == 0)
-		mount = mount_overlay(lower, upper, work);
+		mount = mount_overlay(lower, upper, work, plan);
 	if (mount >= 0)
 		target = make_directory(root, path);
 	const int result = target < 0 ? -1 : mount_put(mount, target);

@@ -29,6 +29,16 @@ def test_the_pids_limit_stops_forks(cli: Cli) -> None:
     assert "Cannot fork" in done.err
 
 
+def test_a_root_can_be_written_to(cli: Cli) -> None:
+    """The container's own root is an overlay: another one on it is the last that the kernel takes."""
+    script = (
+        "touch /usr/new /etc/new && echo x >> /etc/passwd && rm /usr/bin/env && echo written; cat /etc/resolv.conf | wc -c; id -u"
+    )
+    written, resolver, uid = cli("run", "--writable", "--", "sh", "-c", script).out.split()
+    assert (written, int(resolver) > 0, uid != "0") == ("written", True, True)
+    assert "env" in cli("run", "--", "ls", "/usr/bin/env").out
+
+
 def test_namespaces_are_fresh_for_each_job(stack: Stack, cli: Cli) -> None:
     other = cli.start("sh", "-c", f"{READ_NAMESPACES}; exec sleep 60")  # lives, so that its numbers are not given again
     job = cli("run", "--", "sh", "-c", READ_NAMESPACES).out.split()

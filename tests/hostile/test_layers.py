@@ -60,8 +60,8 @@ CASES = [
     Case(("calls", "unshare", "mount"), NO_RIGHT),
     Case(("calls", "setns"), DENIED),
     Case(("calls", "pivot_root"), DENIED),
-    Case(("calls", "chroot"), NO_RIGHT),
-    Case(("calls", "set_host_name"), NO_RIGHT),
+    Case(("calls", "chroot"), DENIED),
+    Case(("calls", "set_host_name"), DENIED),
     Case(("calls", "reach", f"{REBOOT}", "0", "0", "0"), DENIED),
     Case(("calls", "reach", f"{SWAPON}", UNMAPPED, "0"), DENIED),
     Case(("calls", "reach", f"{ACCT}", UNMAPPED), DENIED),
@@ -84,7 +84,7 @@ CASES = [
     Case(("processes", "environment_of", "1"), NOT_OURS),
     Case(("processes", "root_of", "1"), NOT_OURS),
     Case(("processes", "helper_program", "1"), NOT_OURS),
-    Case(("processes", "forge_end", "1"), NO_RIGHT),
+    Case(("processes", "forge_end", "1"), DENIED),
 ]
 
 
@@ -125,6 +125,12 @@ async def test_all_of_them_in_one_job(arena: Arena) -> None:
         case: said for case, said in (await at_once(arena, by_rights, without=RIGHTS)).items() if not said.startswith("succeeded")
     }
     assert missed == {}
+
+
+async def test_a_root_that_can_be_written_to_opens_nothing_else(arena: Arena) -> None:
+    said = {case: answer.partition(": ")[0] for case, answer in (await at_once(arena, CASES, writable=True)).items()}
+    assert {case for case, word in said.items() if word != "refused"} == {"create-.usr.hostile"}
+    assert not Path("/usr/hostile").exists()
 
 
 async def at_once(arena: Arena, cases: Sequence[Case], **how: Any) -> dict[str, str]:

@@ -7,13 +7,13 @@ import os
 import stat
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobrunner.shim.launch import PROTECTIONS
+from jobrunner.shim.launch import PROTECTIONS, Report
 from tests.support.shim import ShimJob, shim_job
 
 pytestmark = pytest.mark.requires("root", "command:python3")
@@ -145,6 +145,24 @@ def mounted(where: Path, *options: str) -> Iterator[None]:
         subprocess.run(["umount", str(where)], check=True)
 
 
+@contextmanager
+def mounted_directory(where: Path, *options: str) -> Iterator[None]:
+    where.mkdir(mode=0o755)
+    with mounted(where, *options):
+        where.chmod(0o755)
+        yield
+
+
+def overlaid(lower: str, upper: str, work: str, where: str) -> AbstractContextManager[None]:
+    layers = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    return mounted(Path(where), "-t", "overlay", "-o", layers, "none")
+
+
+def job_again(tmp_path: Path, shown: str) -> Report:
+    with shim_job(tmp_path) as job:
+        return job.start("/bin/true", show=("/usr", shown), uid=UID, gid=UID, tmp_size=MIB, writable=True)
+
+
 def test_what_is_mounted_below_is_there_and_can_be_written_to(job: ShimJob, shown: Path) -> None:
     below, file = shown / "a b", shown / "file"
     below.mkdir()
@@ -206,9 +224,22 @@ def test_a_tree_without_a_bottom_is_no_trap(job: ShimJob, shown: Path) -> None:
     assert said.endswith("denied\nd\n")
 
 
-def test_what_cannot_be_below_an_overlay_fails_the_start(job: ShimJob) -> None:
-    report = job.start("/bin/true", show=("/usr", "/proc/sys"), uid=UID, gid=UID, tmp_size=MIB, writable=True)
-    assert (report.step, report.errno, report.detail) == ("overlay", errno.EINVAL, "/proc/sys")
+def test_a_container_s_own_overlay_can_be_below_and_one_more_cannot(job: ShimJob, shown: Path, tmp_path: Path) -> None:
+    """The kernel puts two file systems on each other and no more; nothing is id-mapped, which overlays cannot be."""
+    layers = tmp_path / "layers"
+    with mounted_directory(layers, "-t", "tmpfs", "none"):
+        places = [layers / name for name in ("lower", "upper", "work", "once", "upper2", "work2", "twice")]
+        for place in places:
+            place.mkdir(mode=0o755)
+        lower, upper, work, once, upper2, work2, twice = map(str, places)
+        (layers / "lower" / "file").write_text("low\n")
+        with overlaid(lower, upper, work, once):
+            script = f"cd {once}; cat file; rm file; mkdir d && echo x > d/x && ls"
+            assert writing(job, script, show=(*SHOW, once)).split() == ["low", "d"]
+            assert os.listdir(once) == ["file"]
+            with overlaid(once, upper2, work2, twice):
+                report = job_again(tmp_path, twice)
+    assert (report.step, report.errno, report.detail) == ("overlay", errno.EINVAL, twice)
 
 
 def test_directories_that_do_not_fit_fail_the_start(job: ShimJob, shown: Path) -> None:

@@ -57,6 +57,24 @@ async def test_a_job_is_isolated_as_it_is_by_root(tmp_path: Path) -> None:
     ]
 
 
+CHANGES = """
+touch /usr/new /etc/new /new && echo x >> /etc/passwd && mkdir -p /opt/new/below && echo made
+rm /usr/bin/env /usr/bin/id; ls /usr/bin/env /usr/bin/id 2>/dev/null; cp /usr/bin/true /usr/bin/env && echo replaced
+cd /usr/share; rm -r common-licenses && mkdir common-licenses && ls -A common-licenses; cat /etc/shadow || echo closed
+"""
+
+
+async def test_a_root_can_be_written_to_and_nothing_is_kept(tmp_path: Path) -> None:
+    async with open_runner(tmp_path, **CONFIG) as runner:
+        _, data = await run_output(runner, shell(f"exec 2>&1; {CHANGES}", writable=True))
+        _, after = await run_output(runner, shell("ls /usr/bin/env; ls /usr/new 2>/dev/null"))
+    assert [line for line in data.decode().splitlines() if "cat:" not in line] in (
+        ["made", "replaced", "closed"],
+        ["made", "replaced"],
+    )
+    assert after == b"/usr/bin/env\n"
+
+
 def sleepers(seconds: int) -> list[int]:
     return [pid for pid in all_pids() if read_proc(pid, "cmdline") == f"sleep\0{seconds}\0".encode()]
 

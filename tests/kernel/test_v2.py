@@ -77,6 +77,13 @@ async def test_a_job_sees_its_own_cgroup_as_the_root(tmp_path: Path) -> None:
     assert roots == ["/"]
 
 
+async def test_a_job_reads_its_limits_where_a_jvm_does(tmp_path: Path) -> None:
+    async with open_runner(tmp_path) as runner:
+        script = "cd /sys/fs/cgroup; cat cpu.max memory.max pids.max"
+        _, data = await run_output(runner, shell(script, limits=Limits(cpus=0.5, memory=256 * MIB, pids=100)))
+    assert data.decode().split() == ["50000", "100000", str(256 * MIB), "100"]
+
+
 async def test_no_swap_is_used_past_the_memory_limit(tmp_path: Path) -> None:
     assert len(Path("/proc/swaps").read_text().splitlines()) > 1, "the host must have swap, or this would prove nothing"
     async with open_runner(tmp_path) as runner:

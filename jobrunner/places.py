@@ -115,6 +115,7 @@ def _as_user(mount: VolumeMount, spec: JobSpec) -> VolumeMount:
 MAPPED = 'its file system cannot map ids (Linux 5.12; not NFS); owner = "keep" in [volumes] leaves the owners as they are'
 LINK = "it is, or is below, a symbolic link; [volumes] has to name where that leads"
 LOWER = "its file system cannot be below an overlay, or is the second one already; start it without --writable"
+NO_RIGHT = "the server lacks CAP_FOWNER, or a security module denies overlays; start it without --writable"
 NO_OVERLAY = "this kernel has no overlay file system: modprobe overlay, or start it without --writable"
 LAYERS = "the directories of the root, and its /etc, do not fit into tmp_size; start it with a higher one"
 HANGS = "a file system of its root or its volumes does not answer, or its CPU limit is too small to be born under"
@@ -122,6 +123,8 @@ REMEDIES = {
     ("idmap", errno.EINVAL): MAPPED,
     ("volume", errno.ELOOP): LINK,
     ("overlay", errno.EINVAL): LOWER,
+    ("overlay", errno.EPERM): NO_RIGHT,
+    ("overlay", errno.EACCES): NO_RIGHT,
     ("overlay", errno.ENODEV): NO_OVERLAY,
     ("overlay", errno.ENOSPC): LAYERS,
     ("init", errno.ETIMEDOUT): HANGS,

@@ -81,7 +81,8 @@ async def mounts(record: JobRecord, config: RunnerConfig, state: StateDir, works
         with anyio.fail_after(config.start_timeout):
             return await anyio.to_thread.run_sync(_mounts, record, config, state, workspaces, abandon_on_cancel=True)
     except TimeoutError as exc:
-        raise StartFailed(record.spec.command, "volume", errno.ETIMEDOUT, " ".join(record.spec.volumes)) from exc
+        step, names = ("volume", record.spec.volumes) if record.spec.volumes else ("root", (record.spec.root,))
+        raise StartFailed(record.spec.command, step, errno.ETIMEDOUT, " ".join(names)) from exc
 
 
 def _is_bounded(record: JobRecord) -> bool:

@@ -40,7 +40,7 @@ from jobrunner.server.stream import Bounds, ServerStream
 from jobrunner.server.tcp import address_of
 from jobrunner.server.turns import Turns
 
-__all__ = ["CONFIGURATION", "ServerPeer", "ServerProtocol", "Shared"]
+__all__ = ["CONFIGURATION", "MAX_UNSENT", "ServerConnection", "ServerPeer", "ServerProtocol", "Shared"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ CONFIGURATION = Configuration(
     http2_stream_window_size=128 * 1024,
 )
 """A dead peer is found within 30 s; what a peer can make the server hold before a handler reads it is small."""
+MAX_UNSENT = 256 * 1024
+"""Bytes that TLS holds of what a peer has not read yet, beside what the kernel does; half of asyncio's own bound."""
 MAX_UNREAD_ANSWERS = 256 * 1024
 """Bytes of answers to control frames (PING, SETTINGS) that a peer may leave unread."""
 
@@ -88,6 +90,8 @@ class ServerConnection(Connection):
     """grpclib's connection, which knows its protocol."""
 
     protocol: ServerProtocol
+    line: asyncio.Lock
+    """Calls that wait until the peer has read something, in their order."""
 
     def get_peer(self) -> ServerPeer:
         return ServerPeer(self.protocol)
@@ -112,6 +116,7 @@ class ServerProtocol(H2Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """As grpclib's, with an HTTP/2 connection of our own."""
         self.transport = cast("asyncio.Transport", transport)
+        self.transport.set_write_buffer_limits(MAX_UNSENT)
         bounds = self.shared.bounds
         window = self.config.http2_stream_window_size
         limits = {"max_streams": bounds.max_streams, "max_header_size": bounds.max_header_size}
@@ -120,7 +125,7 @@ class ServerProtocol(H2Protocol):
         self.http2.increment_flow_control_window(self.config.http2_connection_window_size - 65535)
         self._meter = FrameMeter(self.http2.max_inbound_frame_size)
         self.connection = ServerConnection(self.http2, self.transport, config=self.config)
-        self.connection.protocol = self
+        self.connection.protocol, self.connection.line = self, asyncio.Lock()
         self.connection.flush()
         self.connection.initialize()
         self.processor = EventsProcessor(self.handler, self.connection)

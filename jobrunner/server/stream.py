@@ -115,13 +115,39 @@ class ServerStream(Stream):
     async def send_data(self, data: bytes, end_stream: bool = False) -> None:
         if not self._send_at_once(data, end_stream):
             with self._progress():
-                await super().send_data(data, end_stream)
+                await self._send_as_it_goes(data, end_stream)
+
+    async def _send_as_it_goes(self, data: bytes, end_stream: bool) -> None:
+        """Frame by frame. As grpclib's, but in line: there all calls that wait would write when there is room for the first."""
+        assert self.id is not None
+        h2, connection, size, at = self._h2_connection, self._own_connection, len(data), 0
+        while at < size:
+            if h2.local_flow_control_window(self.id) <= 0:
+                self.window_updated.clear()
+                await self.window_updated.wait()
+                continue
+            async with connection.line:
+                while not connection.write_ready.is_set():
+                    await connection.write_ready.wait()
+                part = max(0, min(h2.local_flow_control_window(self.id), h2.max_outbound_frame_size, size - at))
+                if part:
+                    h2.send_data(self.id, data[at : at + part], end_stream=end_stream and at + part == size)
+                    self._transport.write(h2.data_to_send())
+            at += part
+            self.data_sent += part
+            connection.data_sent += part
+            connection.data_send_process()
+
+    @property
+    def _own_connection(self) -> ServerConnection:
+        return cast("ServerConnection", self.connection)
 
     def _send_at_once(self, data: bytes, end_stream: bool) -> bool:
         """If nothing is in its way: all of its frames in one write, and no timer for what waits for nobody. Else False."""
         assert self.id is not None
         h2, size = self._h2_connection, len(data)
-        if size > MAX_AT_ONCE or not self.connection.write_ready.is_set() or h2.local_flow_control_window(self.id) < size:
+        waiting = not self.connection.write_ready.is_set() or self._own_connection.line.locked()
+        if waiting or size > MAX_AT_ONCE or h2.local_flow_control_window(self.id) < size:
             return False
         most = h2.max_outbound_frame_size
         for at in range(0, size or 1, most):
@@ -152,7 +178,7 @@ class ServerStream(Stream):
         if self.data_sent > sent_before:
             self._timer = loop.call_later(seconds, self._check_progress, self.data_sent)  # `_progress` cancels it
             return
-        protocol = cast("ServerConnection", self.connection).protocol
+        protocol = self._own_connection.protocol
         if not self.connection.write_ready.is_set():
             # Nothing can be told to a peer that does not read: its other calls hang as well.
             protocol.cut(f"it has read nothing for {seconds:g} s (send_timeout)", "send_timeout")

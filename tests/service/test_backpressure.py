@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.lowlevel
 import pytest
+from h2.settings import SettingCodes
 
 from jobrunner import JobStatus
 from jobrunner.client import JobClient, channel
 from jobrunner.client.reader import PREFETCH
 from jobrunner.output import Chunk
+from jobrunner.server.http2 import MAX_UNSENT, ServerConnection
+from jobrunner.server.stream import MAX_AT_ONCE
 from tests.support.http2 import framed, raw_peer
 from tests.support.proxy import proxy_to
 from tests.support.server import eventually, message, serving, start
@@ -79,6 +83,37 @@ async def test_a_stalled_reader_is_closed_at_once_with_all_that_it_held(tmp_path
             status, _ = await peer.status(stream, read=False)
         assert status == "8"
         await eventually(lambda: held() == 0 and not running.server._calls())
+
+
+async def test_what_a_peer_reads_bit_by_bit_is_not_answered_by_all_its_calls_at_once(tmp_path: Path) -> None:
+    """However large its windows are, the server holds for it what one of them sends beyond the bound, not all."""
+    most = 0
+    async with serving(tmp_path) as running, running.channel() as client, raw_peer(running) as peer:
+        job_id = await start(client, "/bin/sh", "-c", "exec yes")
+        peer.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 1 << 30, SettingCodes.MAX_FRAME_SIZE: 1 << 18})
+        peer.h2.increment_flow_control_window(1 << 30)
+        request = framed(message("JobSubscriptionRequest", job_id=job_id).SerializeToString())
+        for _ in range(UNREAD):
+            await peer.request(SUBSCRIBE, request)
+        await eventually(lambda: len(running.server._calls()) == UNREAD)
+        (protocol,) = (each for each in running.server._connections if len(each.streams()) == UNREAD)
+
+        async def watch() -> None:
+            nonlocal most
+            while True:
+                most = max(most, protocol.transport.get_write_buffer_size())
+                await anyio.lowlevel.checkpoint()
+
+        with fail_after(30):
+            async with anyio.create_task_group() as group:
+                group.start_soon(watch)
+                for _ in range(200):
+                    assert await peer.reader.read(65536)
+                group.cancel_scope.cancel()
+        connection = protocol.connection
+        assert isinstance(connection, ServerConnection)
+        assert connection.line.locked(), "they wait for it"
+    assert MAX_UNSENT < most < MAX_UNSENT + 2 * MAX_AT_ONCE
 
 
 def _link(name: str) -> str:

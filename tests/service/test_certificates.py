@@ -171,6 +171,33 @@ async def test_a_server_below_tls_1_3_is_refused_by_the_client_which_says_so(tmp
                     await client.list()
 
 
+async def test_a_clients_certificate_is_none_for_a_server(tmp_path: Path) -> None:
+    """Whoever has one could pose as the server otherwise."""
+    ca = OpenSslCa(tmp_path / "ca")
+    posing = ca.issue("server", "/OU=admin/CN=alice", use="clientAuth", hosts="DNS:localhost,IP:127.0.0.1")
+    own = ca.issue("c", "/OU=admin/CN=c")
+    runner = RunnerConfig(state_dir=tmp_path / "state")
+    config = ServerConfig(runner=runner, listen="127.0.0.1:0", ca=ca.pem, cert=posing.cert, key=posing.key)
+    async with (
+        running_server(config) as running,
+        JobClient(running.address, ca=ca.pem, cert=own.cert, key=own.key) as client,
+    ):
+        with (
+            fail_after(20),
+            pytest.raises(Unauthenticated, match=r"server's certificate is not acceptable: un\w+ certificate purpose"),
+        ):
+            await client.list()
+
+
+async def test_a_certificate_that_is_not_strict_x509_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with site(tmp_path) as here:
+        pair = here.ca.issue("c", "/OU=admin/CN=c", key_usage="digitalSignature, keyCertSign")  # of no CA
+        async with JobClient(here.running.address, ca=here.trusted, cert=pair.cert, key=pair.key) as client:
+            with fail_after(20), pytest.raises(Unauthenticated, match="the server rejected the client certificate"):
+                await client.list()
+        assert any("non-ca" in text.lower() for text in caplog.messages)
+
+
 async def test_what_does_not_speak_http2_is_not_answered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with site(tmp_path) as here:
         pair = certificate(here, "admin")

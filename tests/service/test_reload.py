@@ -141,6 +141,39 @@ async def test_revocation_and_renewal_under_fifty_followers(tmp_path: Path) -> N
         assert whole.startswith(bytes(got[0]))
 
 
+async def test_no_connection_is_missed_while_files_change(tmp_path: Path) -> None:
+    """New ones all the time, while certificate and list are renewed and published again and again."""
+    made = 0
+    async with site(tmp_path, "alice") as here:
+
+        async def connect_again_and_again() -> None:
+            nonlocal made
+            while True:
+                async with here.client("alice") as client:
+                    await client.server()
+                    made += 1
+
+        seen = set()
+        with anyio.fail_after(at_most(50)):
+            async with anyio.create_task_group() as group:
+                for _ in range(3):
+                    group.start_soon(connect_again_and_again)
+                for _ in range(5):
+                    with Authority.opened(here.ca) as authority:
+                        authority.renew("server")
+                        authority.sign_revoked([])
+                    here.publish(*FILES)
+                    here.running.trust.ask()
+                    new = serial(here.live / "server.pem")
+                    while await served(here) != new:
+                        pass
+                    seen.add(new)
+                    then = made
+                    await eventually(lambda then=then: made > then + 5, at_most(10))
+                group.cancel_scope.cancel()
+    assert len(seen) == 5
+
+
 async def served(here: Site) -> int:
     """The serial number of the certificate that a new connection is shown."""
     context = ssl.create_default_context(cafile=here.ca / "ca.pem")

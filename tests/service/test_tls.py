@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import ipaddress
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,10 +12,7 @@ from pathlib import Path
 import anyio
 import pytest
 import trustme
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.hazmat.primitives import serialization
 
 from jobrunner.errors import ConfigError
 from jobrunner.tls import client_context, server_context
@@ -40,34 +35,6 @@ def issue(directory: Path, ca: trustme.CA, name: str, *identities: str) -> Files
     files.cert.unlink(missing_ok=True)
     for blob in leaf.cert_chain_pems:
         blob.write_to_path(files.cert, append=True)
-    return files
-
-
-def issue_for_servers_only(directory: Path, ca: trustme.CA) -> Files:
-    """A certificate whose extended key usage lacks clientAuth (RFC 5280 section 4.2.1.12); trustme's leaves always have it."""
-    issuer = x509.load_pem_x509_certificate(ca.cert_pem.bytes())
-    signer = serialization.load_pem_private_key(ca.private_key_pem.bytes(), None)
-    assert isinstance(signer, ec.EllipticCurvePrivateKey)
-    key = ec.generate_private_key(ec.SECP256R1())
-    now = datetime.datetime.now(datetime.UTC)
-    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
-    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))])
-    certificate = (
-        x509.CertificateBuilder(
-            issuer.subject, x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "server-only")]), key.public_key()
-        )
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(usage, critical=False)
-        .add_extension(names, critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
-        .sign(signer, hashes.SHA256())
-    )
-    files = Files(directory / "ca.pem", directory / "server-only.pem", directory / "server-only.key")
-    files.cert.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    form = serialization.PrivateFormat.PKCS8
-    files.key.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
     return files
 
 

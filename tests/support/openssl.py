@@ -58,11 +58,19 @@ class OpenSslCa:
         self.sign_revoked()
 
     def issue(
-        self, name: str, subject: str, *, use: str = "clientAuth", start: timedelta = -DAY, end: timedelta = DAY, hosts: str = ""
+        self,
+        name: str,
+        subject: str,
+        *,
+        use: str = "clientAuth",
+        start: timedelta = -DAY,
+        end: timedelta = DAY,
+        hosts: str = "",
+        key_usage: str = "digitalSignature",
     ) -> Pair:
         """A certificate for this use, `clientAuth` for instance, or none; valid from and to so long after now."""
         self._make(name, subject, out=f"{name}.csr")
-        extensions = [CONFIG.partition("[leaf]")[2]]
+        extensions = [CONFIG.partition("[leaf]")[2].replace("digitalSignature", key_usage)]
         extensions += [f"extendedKeyUsage = {use}"] if use else []
         extensions += [f"subjectAltName = {hosts}"] if hosts else []
         (self.directory / "ext").write_text("\n".join(extensions))

@@ -33,7 +33,9 @@ class Counter:
         return ("counter", f"{self.field} {self.scale} {self.key} {self.path}")
 
     def value(self, text: str) -> int | None:
-        """The number in a file's text; None if it is not there."""
+        """The number in a file's text; None if it is not there. A text that is empty has nothing to tell yet: 0 of every key."""
+        if not text and self.key != "-":
+            return 0
         words = text.replace("=", " ").split()
         found = words[:1] if self.key == "-" else [after for word, after in pairwise(words) if word == self.key]
         if not found or not all(word.isascii() and word.isdigit() for word in found):
@@ -43,15 +45,16 @@ class Counter:
 
 def usage_of(counters: Iterable[Counter]) -> Usage:
     """What the counters say now. A file is read once, however many of them are in it; what cannot be read is unknown."""
-    texts: dict[str, str] = {}
+    texts: dict[str, str | None] = {}
     found: dict[str, float | None] = {}
     for counter in counters:
         if counter.path not in texts:
             try:
                 texts[counter.path] = read(counter.path)
             except OSError:
-                texts[counter.path] = ""
-        value = counter.value(texts[counter.path])
+                texts[counter.path] = None
+        text = texts[counter.path]
+        value = None if text is None else counter.value(text)
         seconds = counter.field in FIELDS and value is not None
         found[FIELDS.get(counter.field, counter.field)] = value / 1e9 if seconds and value is not None else value
     return Usage(**found)  # type: ignore[arg-type]  # the fields' types are those of the table

@@ -68,14 +68,17 @@ static bool read_text(int fd)
 	while ((n = pread(fd, scratch + size, sizeof scratch - 1 - size, (off_t)size)) > 0)
 		size += (size_t)n;
 	scratch[size] = '\0';
-	return n == 0 && size > 0;
+	return n == 0;
 }
 
-/* The first word, or the sum of all that follow a word `key`; UNKNOWN if there is none that is a number. */
+/*
+ * The first word, or the sum of all that follow a word `key`; UNKNOWN if there is none that is a number. An empty text is one that has
+ * nothing to tell yet, as io.stat has before the first operation: 0 of every key.
+ */
 static uint64_t find_value(const char *key)
 {
-	uint64_t sum = UNKNOWN;
 	bool first = strcmp(key, "-") == 0, wanted = first;
+	uint64_t sum = *scratch || first ? UNKNOWN : 0;
 	for (char *save, *word = strtok_r(scratch, SEPARATORS, &save); word; word = strtok_r(NULL, SEPARATORS, &save)) {
 		char *end;
 		uint64_t number = strtoull(word, &end, 10);

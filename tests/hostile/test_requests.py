@@ -23,7 +23,7 @@ UP = "/.." * 24
 async def test_no_descriptor_of_the_launchers_leads_out(arena: Arena, what: str, tmp_path: Path) -> None:
     """Before execve(2) a job is a process of ours: what that has open could be named by /proc/self/fd (CVE-2024-21626)."""
     before = os.listdir(arena.runner.state.path / "jobs")
-    for number in range(3, 40):
+    for number in range(3, 32):
         name = f"/proc/self/fd/{number}{UP}"
         with pytest.raises(StartFailed) as caught:
             await (arena.start("/bin/true", cwd=name) if what == "cwd" else arena.start(f"{name}/bin/true"))

@@ -148,6 +148,13 @@ async def test_direct_reads_are_held_to_their_rate(
     await finish(cgroup)
 
 
+async def test_what_has_not_been_used_is_none_and_not_unknown(host: CgroupHost, tmp_path: Path) -> None:
+    cgroup = host.create(JOB, Limits(), disks_under([tmp_path]))
+    usage = cgroup.usage()
+    assert (usage.read_bytes, usage.write_bytes, usage.read_ops, usage.write_ops, usage.oom_kills) == (0, 0, 0, 0, 0)
+    await finish(cgroup)
+
+
 @requires("disk")
 async def test_disk_use_is_counted_without_any_limit(host: CgroupHost, tmp_path: Path) -> None:
     cgroup = host.create(JOB, Limits(), disks_under([tmp_path]))

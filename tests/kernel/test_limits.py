@@ -158,9 +158,7 @@ async def test_a_write_limit_holds_for_direct_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["a stop", "a deadline"])
 async def test_who_waits_for_the_disk_is_ended_all_the_same(tmp_path: Path, limits: Limits, how: str) -> None:
     """Such a process takes no signal, and what it waits for is a million seconds away, or an hour."""
-    script = (
-        "dd if=/dev/zero of=file bs=1M count=4 oflag=direct conv=notrunc & dd if=/dev/zero of=other bs=4k count=4000 oflag=direct"
-    )
+    script = "dd if=/dev/zero of=synced bs=1M count=4 conv=fsync & dd if=/dev/zero of=direct bs=4k count=4000 oflag=direct"
     timeout = replace(limits, timeout=at_most(2) if how == "a deadline" else None)
     async with open_runner(tmp_path) as runner:
         job = await runner.start(shell(script, limits=timeout, grace=0))

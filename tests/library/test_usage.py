@@ -8,6 +8,7 @@ import anyio
 import pytest
 
 from jobrunner import JobSpec, Limits
+from tests.support.cgroups import member_directories
 from tests.support.runner import open_runner
 from tests.support.timing import fail_after
 
@@ -33,12 +34,15 @@ async def test_a_running_job_tells_what_it_uses_now_and_what_it_has_used_most(tm
         with fail_after(20):
             while not (usage := job.info().usage).throttled:  # noqa: ASYNC110  # a counter of the kernel's tells nobody
                 await anyio.sleep(0.01)
+        assert job.cgroup is not None
+        peak_is_told = any((place / "pids.peak").exists() for place in member_directories(job.cgroup))  # Linux 6.1 does not
         await job.stop(grace=0)
         ended = job.info().usage
     assert usage.memory is not None and usage.memory >= 32 * MIB
     assert usage.memory_peak is not None and usage.memory <= usage.memory_peak <= 256 * MIB
     assert usage.pids == 3  # init, the command and its child
-    assert usage.pids_peak is not None and 3 <= usage.pids_peak <= 32
+    if peak_is_told:
+        assert usage.pids_peak is not None and 3 <= usage.pids_peak <= 32
     assert usage.cpu_user is not None and usage.cpu_system is not None and usage.cpu_user > 0
     assert usage.oom_kills == 0
     assert None not in (usage.read_bytes, usage.write_bytes, usage.read_ops, usage.write_ops)

@@ -46,12 +46,13 @@ def as_json(value: JobInfo | Sequence[JobInfo]) -> str:
 
 
 def table(jobs: Sequence[JobInfo], now: float | None = None) -> str:
-    """One line for each job, under a heading."""
+    """One line for each job, under a heading. USER is who started it, and in brackets the user that it asked to be."""
     now = time.time() if now is None else now
     rows = [("ID", "STATUS", "NAME", "STARTED", "USER", "COMMAND")]
     for info in jobs:
         age = f"{_age(now - (info.started or info.created))} ago"
-        rows.append((info.job_id, str(info.status), _clean(info.name), age, _clean(info.user), _command(info, 60)))
+        user = _clean(f"{info.user} ({info.runs_as})" if info.runs_as else info.user)
+        rows.append((info.job_id, str(info.status), _clean(info.name), age, user, _command(info, 60)))
     return _columns(rows)
 
 

@@ -15,8 +15,9 @@
  * descriptor, no terminal, no cgroup. It copies the job's output into the log (log.c), is told through the FIFO `ctl`, and alone
  * signals, by a pidfd, so that no number can come to mean somebody else.
  *
- * init (init.c, userns.c, isolate.c, and root.c, dev.c, procfs.c, volume.c for what the job sees) is pid 1 of the job's PID namespace: when it is gone so is every process in there, and the kernel has
- * waited for them. It dies with the shim. It reaps, passes on the one signal that the shim asks for, and tells the command's end.
+ * init (init.c, userns.c, isolate.c, and root.c, overlay.c, dev.c, procfs.c, volume.c for what the job sees) is pid 1 of the job's PID
+ * namespace: when it is gone so is every process in there, and the kernel has waited for them. It dies with the shim. It reaps, passes
+ * on the one signal that the shim asks for, and tells the command's end.
  *
  * Pipes
  *   answer    shim -> launcher            struct report: STARTED or FAILED

@@ -183,7 +183,7 @@ static int cover(int root, const struct plan *plan, const char *path, int lower,
 static int show_mount(int root, const struct plan *plan, const char *path, const char *source, struct report *why)
 {
 	struct stat st;
-	int place = open(source, O_PATH | O_CLOEXEC), lower = -1, result;
+	int place = open(source, O_PATH | O_NOFOLLOW | O_CLOEXEC), lower = -1, result;
 	if (place < 0 || fstat(place, &st) != 0)
 		return errno == ENOENT ? 0 : fail(why, "overlay", errno, source);
 	if (!S_ISDIR(st.st_mode) || (st.st_mode & OPEN_TO_ALL) != OPEN_TO_ALL) {

@@ -77,6 +77,7 @@ def test_a_job_writes_to_its_root_as_a_user_of_the_configuration(offering: Serve
     told = jobrunner(offering, "info", job_id).text
     assert "writable:   yes\n" in told
     assert "runs as:    ci\n" in told
+    assert f"  admin (ci)  sh -c '{script}'" in jobrunner(offering, "ls").text
     assert jobrunner(offering, "run", "sh", "-c", script).code != 0
 
 

@@ -16,7 +16,7 @@ from typing import Self
 from jobrunner.errors import InvalidRequest
 from jobrunner.job import Gap, JobInfo, Stream
 
-__all__ = ["MAX_LINE", "Begin", "Chunk", "End", "Line", "LineAssembler", "OutputReader", "Selection"]
+__all__ = ["MAX_LINE", "MAX_TIME", "Begin", "Chunk", "End", "Line", "LineAssembler", "OutputReader", "Selection"]
 
 MAX_LINE = 1 << 20
 """Bytes of one line at most: a longer one is given in pieces of up to this size, each but the last without a newline. A piece is

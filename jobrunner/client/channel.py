@@ -16,7 +16,10 @@ from grpclib.client import Channel, Handler
 from grpclib.config import Configuration
 from grpclib.protocol import EventsProcessor, H2Protocol
 from h2.events import ConnectionTerminated, StreamEnded, UnknownFrameReceived
+from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes
+
+from jobrunner.client.frames import FrameBuffer
 
 if TYPE_CHECKING:
     import ssl
@@ -47,7 +50,7 @@ _CONFIGURATION = Configuration(
 )
 
 
-class ClientProtocol(H2Protocol):
+class ClientProtocol(H2Protocol, asyncio.BufferedProtocol):
     """Asks for large frames, keeps answers that came whole, and remembers how the connection was lost."""
 
     received_at: float | None = None
@@ -67,6 +70,7 @@ class ClientProtocol(H2Protocol):
         """`reached` is called when the server first sends something."""
         super().__init__(handler, config, h2_config)
         self._reached = reached
+        self._frames = FrameBuffer(MAX_FRAME)
         self.closed = asyncio.Event()
         """Set when the connection is lost, and the socket is closed."""
 
@@ -99,11 +103,25 @@ class ClientProtocol(H2Protocol):
         self.told = int(event.error_code or 0), (event.additional_data or b"").decode(errors="replace")
         self.processor.process_connection_terminated(event)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._frames.room()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """As grpclib's `data_received`, frame by frame."""
         if self.received_at is None:
             self.received_at = asyncio.get_running_loop().time()
             self._reached()
-        super().data_received(data)
+        self._frames.add(nbytes)
+        try:
+            for events in self._frames.receive(self.connection._connection):
+                self.connection.flush()
+                for event in events:
+                    self.processor.process(event)
+                if self.connection.is_closing():
+                    return
+                self.connection.flush()
+        except ProtocolError as exc:
+            self.processor.close(f"Protocol error: {exc}")
 
     def _stream_ended(self, event: StreamEnded) -> None:
         """A call whose answer is here to its end has nothing to fear from the connection any more.

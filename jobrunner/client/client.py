@@ -25,7 +25,7 @@ from jobrunner.spec import MAX_GRACE
 from jobrunner.tls import client_context
 from jobrunner.units import parse_address
 from jobrunner.wire import messages as pb
-from jobrunner.wire.codec import StrictCodec
+from jobrunner.wire.codec import Encoded, StrictCodec
 from jobrunner.wire.convert import info_from_wire, limits_from_wire, spec_to_wire, timedelta_from_seconds, workspace_from_wire
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ class JobClient:
 
     def _output_call(self) -> OutputCall:
         path = f"{SERVICE}/SubscribeOutput"
-        return self._channel.request(path, Cardinality.UNARY_STREAM, pb.JobSubscriptionRequest, pb.JobOutputResponse)
+        return self._channel.request(path, Cardinality.UNARY_STREAM, pb.JobSubscriptionRequest, Encoded)
 
 
 class ClientJob:

@@ -22,7 +22,8 @@ from jobrunner.client.resume import Attempts
 from jobrunner.errors import InternalError, JobRunnerError, LimitReached, WouldBlock
 from jobrunner.output import Begin, Chunk, End, OutputReader, Selection
 from jobrunner.wire import messages as pb
-from jobrunner.wire.convert import output_from_wire, selection_to_wire
+from jobrunner.wire.convert import selection_to_wire
+from jobrunner.wire.encode import Encoded, decode_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +39,7 @@ PREFETCH = 1024 * 1024
 _OVERHEAD = 512
 """What a part weighs in memory besides its bytes."""
 
-OutputCall = Call[pb.JobSubscriptionRequest, pb.JobOutputResponse]
+OutputCall = Call[pb.JobSubscriptionRequest, Encoded]
 
 
 class ClientOutputReader(OutputReader):
@@ -141,7 +142,7 @@ class ClientOutputReader(OutputReader):
             await call.recv_initial_metadata()
             attempts.answered()
             while (message := await _message(call)) is not None:
-                part = output_from_wire(message)
+                part = decode_output(message)
                 attempts.progress()
                 if isinstance(part, End):
                     self._last = part
@@ -191,7 +192,7 @@ class ClientOutputReader(OutputReader):
         return replace(chunk, data=chunk.data[before:], offset=chunk.offset + before) if before < len(chunk.data) else None
 
 
-async def _message(call: OutputCall) -> pb.JobOutputResponse | None:
+async def _message(call: OutputCall) -> Encoded | None:
     """The next message, None after the last. GRPCError, by the status that follows, if the server ends the call within one."""
     try:
         return await call.recv_message()

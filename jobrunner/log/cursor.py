@@ -17,11 +17,14 @@ from pathlib import Path
 from jobrunner.errors import HostError, JobNotFound
 from jobrunner.job import Gap
 from jobrunner.log import position
-from jobrunner.log.chunks import MERGE_NS, ChunkCache, cut_chunk
+from jobrunner.log.chunks import BLOCK, MERGE_NS, ChunkCache, cut_chunk
 from jobrunner.log.segments import DATA, END, GAP, STREAMS, Record, Segment, list_segments
 from jobrunner.output import Begin, Chunk, Selection
 
 __all__ = ["Cursor", "Step"]
+
+PASSES = 256
+"""Records that are passed over at once: less than a millisecond. Of one stream of a log of both there may be millions."""
 
 
 class Step(enum.Enum):
@@ -30,7 +33,7 @@ class Step(enum.Enum):
     NOTHING = enum.auto()
     """Caught up."""
     MOVED = enum.auto()
-    """Something was passed over; look again. `advance` gives none of these."""
+    """Something was passed over; look again, after others have had their turn."""
     END = enum.auto()
     UNTIL = enum.auto()
     """What comes now is not wanted any more."""
@@ -47,6 +50,8 @@ class Cursor:
         self.since = position.nanoseconds(selection.since)
         """None once a record of this time or later was met."""
         self.until = position.nanoseconds(selection.until)
+        self.block = BLOCK
+        """Where chunks end at the latest: BLOCK or LARGE."""
         self.stop: int | None = None
         """No chunk that begins here or later is wanted."""
         self._job_id = job_id
@@ -67,26 +72,33 @@ class Cursor:
         return self._segment is not None
 
     def locate(self, cancelled: Callable[[], bool]) -> Begin:
-        """Find where to begin; before anything else. `cancelled` as `position.begin` has it."""
+        """Find where to begin; before anything else. `cancelled` as `position.begin` has it. Raises as `advance` does."""
         begin = Begin(self.offset, self.offset, self.offset)
         if self.must_search:
-            begin = position.begin(self._directory, self._selection, cancelled)
+            try:
+                begin = position.begin(self._directory, self._selection, cancelled)
+            except OSError as exc:
+                raise self._told(exc) from exc
         self.begin, self.offset = begin, begin.offset
         return begin
 
     def advance(self, nowait: bool) -> Chunk | Gap | Step:
         """The next part. JobNotFound if the log has been removed; HostError if it cannot be read."""
-        part: Chunk | Gap | Step = Step.MOVED
         try:
-            while part is Step.MOVED:
+            for _ in range(PASSES):
                 part = self._read(self._segment, nowait) if self._segment else self._open(nowait)
-        except FileNotFoundError as exc:
-            raise JobNotFound(self._job_id) from exc  # removed under this reader
+                if part is not Step.MOVED:
+                    return part
         except BlockingIOError:
             raise
         except OSError as exc:
-            raise HostError(f"cannot read log of job {self._job_id}: {exc.strerror}") from exc
-        return part
+            raise self._told(exc) from exc
+        return Step.MOVED
+
+    def _told(self, exc: OSError) -> JobNotFound | HostError:
+        if isinstance(exc, FileNotFoundError):  # removed under this reader
+            return JobNotFound(self._job_id)
+        return HostError(f"cannot read log of job {self._job_id}: {exc.strerror}")
 
     def close(self) -> None:
         """Close the open segment; may be called twice."""
@@ -175,13 +187,13 @@ class Cursor:
         return record.end > max(self.offset, self.begin.of(stream) if self.begin else 0)
 
     def _cached(self, segment: Segment, record: Record, nowait: bool) -> tuple[Chunk, int]:
-        job_id, exact = self._job_id, self._selection.exact_times
+        job_id, block, exact = self._job_id, self.block, self._selection.exact_times
         shared = self.until is None or record.time_ns + MERGE_NS < self.until  # another reader's chunk may reach past the time
-        entry = self._cache.get(job_id, self.offset, exact) if shared else None
+        entry = self._cache.get(job_id, self.offset, block, exact) if shared else None
         if entry is None:
-            entry = cut_chunk(segment, self._number, self.offset, exact=exact, until=self.until, nowait=nowait)
+            entry = cut_chunk(segment, self._number, self.offset, block=block, exact=exact, until=self.until, nowait=nowait)
             if shared and entry[0].data:
-                self._cache.put(job_id, *entry, exact)
+                self._cache.put(job_id, *entry, block, exact)
         return entry
 
     def _miss(self, record: Record) -> Gap:

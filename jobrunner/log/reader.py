@@ -20,7 +20,7 @@ import anyio
 
 from jobrunner.errors import OffsetOutOfRange, WouldBlock
 from jobrunner.job import Gap, JobInfo
-from jobrunner.log.chunks import ChunkCache
+from jobrunner.log.chunks import BLOCK, LARGE, ChunkCache
 from jobrunner.log.cursor import Cursor, Step
 from jobrunner.log.segments import GAP_REASONS, last_end
 from jobrunner.output import Begin, Chunk, End, OutputReader, Selection
@@ -29,6 +29,9 @@ __all__ = ["Log", "LogReader"]
 
 LATE = 0.25
 """Seconds after `until` at which what was read before it has been written: a shim may be held back by its job's CPU limit."""
+
+MESSAGE = 64
+"""Bytes that a chunk's message has besides its own, at most."""
 
 
 class LogOwner(Protocol):
@@ -102,6 +105,10 @@ class LogReader(OutputReader):
         """Of the next byte that this reader has not given."""
         return self._cursor.offset
 
+    def take_at_once(self, size: int) -> None:
+        """How many bytes the caller takes of the next chunk without having to wait; a chunk is a large one only if it fits."""
+        self._cursor.block = LARGE if size >= LARGE + MESSAGE else BLOCK
+
     async def locate(self) -> Begin:
         """Find where to begin. The first read does it otherwise; for `tail` what is there at this moment counts."""
         cursor = self._cursor
@@ -131,7 +138,9 @@ class LogReader(OutputReader):
                 part = self._missing_end()
             if isinstance(part, Chunk | Gap):
                 return part
-            if part is not Step.NOTHING or ended or passed or not self._selection.follow:
+            if part is Step.MOVED:
+                await asyncio.sleep(0)
+            elif part is not Step.NOTHING or ended or passed or not self._selection.follow:
                 await self._finish(part, passed)
             elif watch is None:
                 watch = self._log.changed()  # Order: watch first, then read again; what comes between is seen by one of the two
@@ -149,7 +158,8 @@ class LogReader(OutputReader):
         if self._cursor.begin is None:
             self._locate_now()
         ended, passed = self._log.owner.ended, self._until_in() <= 0
-        part = self._cursor.advance(nowait=False)
+        while (part := self._cursor.advance(nowait=False)) is Step.MOVED:
+            pass
         if part is Step.NOTHING and ended and not passed:
             part = self._missing_end()
         if isinstance(part, Chunk | Gap):

@@ -10,16 +10,17 @@ frame that is too long, for to skip it one would have to read it.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from typing import Any
 
 from h2.config import H2Configuration
-from h2.connection import H2Connection
+from h2.connection import ConnectionInputs, H2Connection
 from h2.errors import ErrorCodes
 from h2.events import StreamReset
 from h2.exceptions import DenialOfServiceError, FlowControlError, InvalidBodyLengthError, ProtocolError
 from h2.settings import SettingCodes, Settings
-from h2.stream import StreamClosedBy
+from h2.stream import StreamClosedBy, StreamInputs
 from h2.utilities import HeaderValidationFlags, validate_headers
 from hpack.exceptions import HPACKError
 from hyperframe.frame import DataFrame, Frame, HeadersFrame, PriorityFrame, RstStreamFrame, SettingsFrame, WindowUpdateFrame
@@ -31,6 +32,8 @@ __all__ = ["Http2", "checked_headers"]
 HEADER_TABLE = 4096
 """Bytes of headers that are remembered to be sent shorter, whatever more a peer allows (RFC 7541 section 4.2)."""
 LAST_SETTING = max(SettingCodes)
+DATA_HEAD = struct.Struct(">HBBBL")
+"""Length in 24 bits, type, flags, stream (RFC 9113 section 4.1)."""
 
 
 def checked_headers(headers: Iterable[Any], *, trailers: bool = False) -> list[tuple[str, str]]:
@@ -70,6 +73,18 @@ class Http2(H2Connection):
         """h2 asks before each stream, and would end the connection of who opens too many; `http2` refuses them one by one."""
         _ = super().open_inbound_streams  # forgets those that are closed
         return 0
+
+    def data_head(self, stream_id: int, size: int) -> bytes:
+        """As `send_data` of so many bytes without any flag, which fit into the window and one frame: what goes before them.
+
+        h2 would copy them three times.
+        """
+        self.state_machine.process_input(ConnectionInputs.SEND_DATA)
+        stream = self.streams[stream_id]
+        stream.state_machine.process_input(StreamInputs.SEND_DATA)
+        self.outbound_flow_control_window -= size
+        stream.outbound_flow_control_window -= size
+        return DATA_HEAD.pack(size >> 8, size & 0xFF, DataFrame.type, 0, stream_id)
 
     def receive_data(self, data: Any) -> list[Any]:
         events = super().receive_data(data)

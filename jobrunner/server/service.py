@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from grpclib.const import Cardinality, Handler
 from grpclib.server import Stream
@@ -22,6 +22,7 @@ from jobrunner.server.auth import current_identity
 from jobrunner.server.limits import Counted, Lanes
 from jobrunner.server.listing import page
 from jobrunner.server.metrics import Metrics
+from jobrunner.server.stream import ServerStream
 from jobrunner.server.turns import Gate
 from jobrunner.wire import messages as pb
 from jobrunner.wire.convert import (
@@ -159,6 +160,7 @@ class JobService(pb.JobServiceBase):
             await self._send_output(stream, job, selection)
 
     async def _send_output(self, stream: Stream[Any, Encoded], job: RunnerJob, selection: Selection) -> None:
+        sending = cast("ServerStream", stream._stream)
         async with job.read(selection) as reader:
             # At once, so that a client knows that it is connected before there is any output.
             await stream.send_initial_metadata()
@@ -167,11 +169,13 @@ class JobService(pb.JobServiceBase):
                     begin = await reader.locate()
                 await stream.send_message(encode_output(begin))
             user = current_identity().user
+            reader.take_at_once(sending.room())
             async for part in reader:
                 # A send does not yield while the peer's window is open: fast readers would hold up every other call.
                 await self._sends.turn(user)
                 await stream.send_message(encode_output(part))
                 self._count(part)
+                reader.take_at_once(sending.room())
             if reader.end is not None:
                 await self._sends.turn(user)
                 await stream.send_message(encode_output(reader.end))

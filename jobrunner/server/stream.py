@@ -23,6 +23,7 @@ from jobrunner.errors import InvalidRequest, JobRunnerError, LimitReached
 from jobrunner.wire.status import error_to_wire
 
 if TYPE_CHECKING:
+    from jobrunner.server.connection import Http2
     from jobrunner.server.http2 import ServerConnection
 
 __all__ = ["Bounds", "ServerStream"]
@@ -113,9 +114,11 @@ class ServerStream(Stream):
         self.answered = self.answered or end_stream
 
     async def send_data(self, data: bytes, end_stream: bool = False) -> None:
-        if not self._send_at_once(data, end_stream):
+        if end_stream or len(data) > self.room():
             with self._progress():
                 await self._send_as_it_goes(data, end_stream)
+        else:
+            self._send_at_once(data)
 
     async def _send_as_it_goes(self, data: bytes, end_stream: bool) -> None:
         """Frame by frame. As grpclib's, but in line: there all calls that wait would write when there is room for the first."""
@@ -142,21 +145,26 @@ class ServerStream(Stream):
     def _own_connection(self) -> ServerConnection:
         return cast("ServerConnection", self.connection)
 
-    def _send_at_once(self, data: bytes, end_stream: bool) -> bool:
-        """If nothing is in its way: all of its frames in one write, and no timer for what waits for nobody. Else False."""
+    def room(self) -> int:
+        """Bytes of a message that would go out at once: nothing is in their way."""
+        if not self.connection.write_ready.is_set() or self._own_connection.line.locked() or not self.closable:
+            return 0
         assert self.id is not None
-        h2, size = self._h2_connection, len(data)
-        waiting = not self.connection.write_ready.is_set() or self._own_connection.line.locked()
-        if waiting or size > MAX_AT_ONCE or h2.local_flow_control_window(self.id) < size:
-            return False
+        return min(self._h2_connection.local_flow_control_window(self.id), MAX_AT_ONCE)
+
+    def _send_at_once(self, data: bytes) -> None:
+        """All of its frames in one write, and no timer for what waits for nobody."""
+        assert self.id is not None
+        h2, size = cast("Http2", self._h2_connection), len(data)
         most = h2.max_outbound_frame_size
-        for at in range(0, size or 1, most):
-            h2.send_data(self.id, data[at : at + most], end_stream=end_stream and at + most >= size)
-        self._transport.write(h2.data_to_send())
+        parts: list[bytes | memoryview] = [h2.data_to_send()]
+        for at in range(0, size, most):
+            part = memoryview(data)[at : at + most]
+            parts += (h2.data_head(self.id, len(part)), part)
+        self._transport.write(b"".join(parts))
         self.data_sent += size
         self.connection.data_sent += size
         self.connection.data_send_process()
-        return True
 
     def end_call(self, status: Status, message: str) -> None:
         """Let the call be answered with this, wherever its handler is."""

@@ -12,7 +12,7 @@ from typing import Any
 import betterproto2
 from grpclib.encoding.base import CodecBase
 
-__all__ = ["MalformedMessage", "StrictCodec", "check_message", "payloads"]
+__all__ = ["Encoded", "MalformedMessage", "StrictCodec", "check_message", "payloads"]
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 MAX_DEPTH = 32
@@ -33,6 +33,21 @@ class MalformedMessage(ValueError):
     """These bytes are no message of this type; the text says where and why."""
 
 
+class Encoded:
+    """Bytes that are a message: sent as they are, and received so by whoever takes them apart by himself."""
+
+    __slots__ = ("raw",)
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+
+    def __repr__(self) -> str:
+        return f"<Encoded {len(self.raw)} bytes>"
+
+    def SerializeToString(self) -> bytes:  # noqa: N802 - the name that codecs call
+        return self.raw
+
+
 class StrictCodec(CodecBase):
     """Protobuf for grpclib; `decode` raises MalformedMessage."""
 
@@ -45,6 +60,8 @@ class StrictCodec(CodecBase):
         return data
 
     def decode(self, data: bytes, message_type: type[Any]) -> Any:
+        if message_type is Encoded:
+            return Encoded(data)
         check_message(data, message_type)
         try:
             return message_type.FromString(data)

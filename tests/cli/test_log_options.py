@@ -16,6 +16,7 @@ from jobrunner.output import MAX_LINE, Chunk
 from jobrunner_cli.stamp import Stamper
 from tests.support.cli import jobrunner, popen, shell, stop, wait
 from tests.support.daemon import ServerProcess
+from tests.support.timing import at_most
 
 pytestmark = pytest.mark.requires("root")
 
@@ -162,6 +163,58 @@ def test_ctrl_c_works_at_once_while_the_server_is_away(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 130
         assert time.monotonic() - begun < 1
+
+
+@pytest.mark.parametrize("connected", [True, False], ids=["connected", "not-yet"])
+def test_ctrl_c_works_at_once_while_the_server_is_frozen(private_server: ServerProcess, connected: bool) -> None:
+    job_id = shell(private_server, "echo here; sleep 30")
+    if not connected:
+        private_server.process.send_signal(signal.SIGSTOP)
+    try:
+        with popen(private_server, "log", "-f", job_id) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            if connected:
+                assert process.stdout.readline() == b"here\n"
+                private_server.process.send_signal(signal.SIGSTOP)
+            else:
+                wait_until_connected(private_server)
+            begun = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(5) == 130
+            assert time.monotonic() - begun < at_most(2)
+            assert process.stderr.read() == b""
+    finally:
+        private_server.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("words", [("-f",), (), ("-t",)], ids=["follow", "snapshot", "stamps"])
+def test_a_reader_that_takes_one_line_and_goes_ends_it_without_a_word(server: ServerProcess, words: tuple[str, ...]) -> None:
+    """`jobrunner log ID | head -1`."""
+    job_id = ended(server, "yes | head -c 8000000")
+    with popen(server, "log", *words, job_id) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().endswith(b"y\n")
+        process.stdout.close()
+        process.stdout = None
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (141, b"")
+
+
+def test_a_job_that_is_removed_while_its_log_is_read_is_told(server: ServerProcess) -> None:
+    size = 48 << 20
+    job_id = ended(server, f"head -c {size} /dev/zero")
+    with popen(server, "log", "-f", job_id) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        got = len(process.stdout.read(1000))
+        assert jobrunner(server, "rm", job_id).code == 0
+        while data := process.stdout.read(1 << 20):
+            assert not data.strip(b"\0")
+            got += len(data)
+        assert process.wait(20) == 66
+        assert process.stderr.read().decode() == f'jobrunner: cannot find job "{job_id}": no such job\n'
+    assert 16 << 20 <= got < size, "the segment that was being read is given to its end"
 
 
 def test_a_reader_that_pauses_for_longer_than_the_server_waits_gets_every_byte(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -133,6 +134,25 @@ def test_a_segment_may_be_of_one_byte(job: ShimJob) -> None:
     job.wait()
     assert job.output() == b"1\n2\n3\n"
     assert job.segments() == [0, 2, 4]
+
+
+@pytest.mark.parametrize("more", [b"", b"x"])
+def test_a_segment_that_is_exactly_full_has_the_end_or_the_next_begins(job: ShimJob, more: bytes) -> None:
+    full = 4096 - 32
+    code = f"import os, time\nos.write(1, bytes({full})); time.sleep(0.01); os.write(1, {more!r})"
+    job.start(*python(code), segment_bytes=4096)
+    job.wait()
+    assert job.segments() == [0, full][: 1 + len(more)]
+    assert job.output() == bytes(full) + more
+    check_index(job, 4096)
+
+
+def test_nothing_and_nul_are_what_they_are(job: ShimJob) -> None:
+    code = "import os, time\nfor data in (b'', b'\\0', b'', b'\\0\\0\\n', b''): os.write(1, data); time.sleep(0.003)"
+    job.start(*python(code))
+    job.wait()
+    assert job.output() == b"\0\0\0\n"
+    check_index(job)
 
 
 def test_the_last_bytes_before_the_end_are_kept(tmp_path: Path) -> None:
@@ -275,6 +295,25 @@ def test_no_segment_stays_that_does_not_tell_its_gap(small: ShimJob) -> None:
     small.wait()
     firsts = {base: next((record for record in small.records() if record.base == base), None) for base in small.segments()[1:]}
     assert all(first is not None and first.kind == GAP for first in firsts.values())
+
+
+def test_an_index_record_that_fits_in_part_is_taken_back_and_what_it_told_is_lost(job: ShimJob) -> None:
+    """A limit of file sizes cuts a write short at any byte, as a disk may that is full."""
+    go = job.directory / "go"
+    job.shell(f"while ! [ -e {go} ]; do sleep 0.01; done; for i in $(seq 60); do printf $i,; sleep 0.002; done")
+    most = 20 * 32 + 17
+    resource.prlimit(job.shim(), resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+    go.touch()
+    end = job.wait()
+    gaps = [record for record in job.records() if record.kind == GAP]
+    assert gaps, "no index has come to its limit"
+    assert sum(record.lost for record in gaps) == end.lost
+    assert len(job.output()) + end.lost == end.log_end == len("".join(f"{number}," for number in range(1, 61)))
+    for base in job.segments():
+        rest = (job.log / f"{base:016x}.idx").stat().st_size % 32
+        assert rest == 0 or base == job.segments()[-1], "part of a record stands in the index, and it is not the end's"
+        covered = [record.end for record in job.records() if record.base == base]
+        assert (job.log / f"{base:016x}").stat().st_size == covered[-1] - base
 
 
 def test_a_stop_works_on_a_full_disk(small: ShimJob) -> None:

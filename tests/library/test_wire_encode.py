@@ -7,11 +7,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobrunner.job import Gap, JobInfo, JobStatus, Stream
+from jobrunner.log.chunks import BLOCK, LARGE
 from jobrunner.output import Begin, Chunk, End
 from jobrunner.wire import messages as pb
-from jobrunner.wire.codec import StrictCodec
+from jobrunner.wire.codec import MalformedMessage, StrictCodec
 from jobrunner.wire.convert import output_from_wire, output_to_wire
-from jobrunner.wire.encode import Encoded, encode_chunk, encode_output, varint
+from jobrunner.wire.encode import Encoded, decode_output, encode_chunk, encode_output, varint
 from tests.support.protobuf import official
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -35,19 +36,34 @@ def test_a_chunk_is_encoded_once_for_all_its_followers() -> None:
     assert chunk == Chunk(Stream.STDOUT, b"data", 7, 1.5)
 
 
-@pytest.mark.parametrize("size", [1, 127, 128, 16383, 16384, 65472])
+@UNHURRIED
+@given(chunks, st.integers(0, 400), st.binary(max_size=3))
+def test_a_message_is_the_chunk_that_the_generated_code_finds_in_it(chunk: Chunk, at: int, other: bytes) -> None:
+    """Also one that is not as we write it, or is no message at all."""
+    whole = encode_chunk(chunk).raw
+    for raw in (whole, whole[:at] + other + whole[at:], whole[:at] + other + whole[at + len(other) :], whole[:at], other):
+        try:
+            expected = output_from_wire(StrictCodec().decode(raw, pb.JobOutputResponse))
+        except MalformedMessage:
+            with pytest.raises(MalformedMessage):
+                decode_output(Encoded(raw))
+        else:
+            assert decode_output(Encoded(raw)) == expected
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 16383, 16384, BLOCK, LARGE])
 def test_a_chunk_of_any_length_comes_back_the_same(size: int) -> None:
     chunk = Chunk(Stream.STDERR, bytes(size - 1) + b"x", 1 << 40, 1_700_000_000.000001)
     message = StrictCodec().decode(encode_chunk(chunk).raw, pb.JobOutputResponse)
     assert output_from_wire(message) == chunk
+    assert decode_output(encode_chunk(chunk)) == chunk
 
 
 @pytest.mark.parametrize(
     "part", [Gap(5, 9, "dropped"), End(10), End(10, JobInfo("0123456789ab", JobStatus.FAILED, "ls")), Begin(3, 3, 7)]
 )
 def test_gaps_the_beginning_and_the_end_are_messages_too(part: Gap | End | Begin) -> None:
-    message = StrictCodec().decode(encode_output(part).raw, pb.JobOutputResponse)
-    assert output_from_wire(message) == part
+    assert decode_output(encode_output(part)) == part
 
 
 @pytest.mark.parametrize("value", [0, 1, 127, 128, 300, (1 << 32) - 1, (1 << 64) - 1])

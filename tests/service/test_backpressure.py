@@ -17,7 +17,7 @@ from jobrunner import JobStatus
 from jobrunner.client import JobClient, channel
 from jobrunner.client.reader import PREFETCH
 from jobrunner.output import Chunk
-from jobrunner.server.http2 import MAX_UNSENT, ServerConnection
+from jobrunner.server.http2 import CONFIGURATION, MAX_UNSENT, ServerConnection
 from jobrunner.server.stream import MAX_AT_ONCE
 from tests.support.http2 import framed, raw_peer
 from tests.support.proxy import proxy_to
@@ -47,6 +47,30 @@ async def test_many_unread_logs_hold_back_no_other_call_of_their_connection(serv
             assert await job.status() is JobStatus.COMPLETED
             async with job.log() as other:
                 assert sum([len(part.data) async for part in other if isinstance(part, Chunk)]) == size
+
+
+@pytest.mark.parametrize(
+    ("method", "prefix", "status"),
+    [("QueryStatus", None, "5"), ("QueryStatus", b"\0\x06\0\0\0", "8"), ("WriteInput", None, "12"), ("Nothing", None, "12")],
+    ids=["read", "too-long", "unread", "unknown"],
+)
+async def test_what_a_peer_has_sent_never_takes_its_connection_s_window(
+    tmp_path: Path, method: str, prefix: bytes | None, status: str
+) -> None:
+    """What the server lets a peer send ahead is little, and is given back whether or not anyone has read it."""
+    body = framed(message("JobQueryRequest", job_id="x" * 100_000).SerializeToString())
+    if prefix is not None:
+        body = prefix + body[5:]
+    async with serving(tmp_path) as running, raw_peer(running) as peer:
+        stream = await peer.request("/jobrunner.v1.JobService/QueryStatus", framed(b""))
+        await peer.status(stream)
+        assert peer.h2.remote_settings.initial_window_size == CONFIGURATION.http2_stream_window_size == 128 << 10
+        assert peer.h2.outbound_flow_control_window <= CONFIGURATION.http2_connection_window_size == 512 << 10
+        with fail_after(20):
+            for _ in range(15):
+                stream = await peer.request(f"/jobrunner.v1.JobService/{method}", body)
+                assert (await peer.status(stream))[0] == status
+        assert peer.h2.outbound_flow_control_window >= CONFIGURATION.http2_connection_window_size // 2
 
 
 async def test_a_silent_follow_survives_a_proxy_that_drops_idle_connections(

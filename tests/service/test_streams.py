@@ -12,8 +12,11 @@ from typing import Any
 import anyio
 import grpc
 import pytest
+from h2.events import DataReceived, StreamEnded
 
-from tests.support.http2 import framed, raw_peer
+from jobrunner.log.chunks import BLOCK, LARGE
+from jobrunner.log.reader import MESSAGE
+from tests.support.http2 import RawPeer, framed, raw_peer
 from tests.support.server import eventually, invoke, message, serving, start, subscribe, unary
 
 pytestmark = pytest.mark.requires("root")
@@ -74,6 +77,36 @@ async def test_a_connection_that_takes_nothing_is_cut(tmp_path: Path, caplog: py
             await peer.request(SUBSCRIBE, framed(request))
             await eventually(lambda: any("it has read nothing for 0.3 s (send_timeout)" in text for text in caplog.messages))
         await eventually(lambda: len(running.server.listener.live) == 1)  # the channel's
+
+
+async def test_messages_are_large_only_for_who_takes_them_at_once(tmp_path: Path) -> None:
+    async with serving(tmp_path) as running, running.channel() as channel, raw_peer(running) as peer:
+        job_id = await start(channel, "/usr/bin/head", "-c", "3000000", "/dev/zero")
+        await unary(channel, "Wait", "JobInfo")(message("JobWaitRequest", job_id=job_id))
+        request = framed(message("JobSubscriptionRequest", job_id=job_id).SerializeToString())
+        small = await _sizes(peer, await peer.request(SUBSCRIBE, request))
+        peer.h2.update_settings({4: 1 << 20})  # INITIAL_WINDOW_SIZE
+        peer.h2.increment_flow_control_window(1 << 24)
+        large = await _sizes(peer, await peer.request(SUBSCRIBE, request))
+    assert sum(small) - 3_000_000 < 10_000
+    assert sum(large) - 3_000_000 < 10_000
+    assert BLOCK < max(small) <= BLOCK + MESSAGE
+    assert LARGE < max(large) <= LARGE + MESSAGE < 128 << 10
+
+
+async def _sizes(peer: RawPeer, stream: int) -> list[int]:
+    """Of a call's messages, which are read as they come."""
+    data, sizes = b"", []
+    with anyio.fail_after(20):
+        ended = False
+        while not ended:
+            for event in await peer.receive():
+                data += event.data or b"" if isinstance(event, DataReceived) else b""
+                ended = ended or (isinstance(event, StreamEnded) and event.stream_id == stream)
+    while data:
+        sizes.append(int.from_bytes(data[1:5], "big"))
+        data = data[5 + sizes[-1] :]
+    return sizes
 
 
 async def test_a_reader_of_a_flood_holds_up_no_other_call(tmp_path: Path) -> None:

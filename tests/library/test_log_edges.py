@@ -1,0 +1,198 @@
+"""The log where one piece ends and another begins, and where there is very much of something: records, readers, nothing at all."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobrunner import Gap, Stream
+from jobrunner.errors import JobNotFound
+from jobrunner.log.chunks import BLOCK
+from jobrunner.log.cursor import PASSES
+from jobrunner.log.segments import DATA, RECORD
+from jobrunner.output import MAX_LINE, Chunk, Line, OutputReader, Selection
+from tests.library.test_log_reader import Owner, collect, open_log, text
+from tests.support.logwriter import LogWriter
+from tests.support.timing import fail_after
+
+MS = 1_000_000
+OTHERS = 100_000
+BORDERS = (16 << 10, BLOCK, 64 << 10, 128 << 10, 256 << 10, MAX_LINE)
+ENDS = ("é\n", "€\r\n", "😀\r\n", "\r\n", "\n", "\0\n", "e\u0301\r\n")
+
+
+async def read(writer: LogWriter, **selection: object) -> list[Chunk | Gap]:
+    owner = Owner()
+    owner.end()
+    with open_log(writer.directory, owner) as log:
+        return await collect(log.reader(Selection(**selection)))  # type: ignore[arg-type]
+
+
+async def lines_of(reader: OutputReader) -> list[Line]:
+    lines = list[Line]()
+    with fail_after(20):
+        async with reader:
+            while (line := await reader.next_line()) is not None:
+                lines.append(line)
+    return lines
+
+
+@pytest.mark.parametrize("piece", [1 << 20, BLOCK, 16384, 4093])
+async def test_no_character_and_no_crlf_is_torn_at_any_border(tmp_path: Path, piece: int) -> None:
+    """Lines whose last characters lie across each border at which something is cut, at every byte of them."""
+    data, wanted = bytearray(), list[bytes]()
+    for border, end, shift in itertools.product(BORDERS, ENDS, range(1, 8)):
+        tail = end.encode()
+        at = (len(data) // border + 1) * border
+        line = b"." * (at - len(data) - shift if at - len(data) > shift else 0) + tail
+        if len(data) + len(line) > 24 << 20:
+            break
+        data += line
+        wanted.append(line)
+    writer = LogWriter(tmp_path / "log", segment_bytes=5 << 20)
+    for start in range(0, len(data), piece):
+        writer.write("stdout", bytes(data[start : start + piece]))
+    writer.end()
+    owner = Owner()
+    owner.end()
+    with open_log(writer.directory, owner) as log:
+        got = await lines_of(log.reader(Selection()))
+    whole = list[bytes]()
+    for one in got:
+        one.data.decode()
+        assert len(one.data) <= MAX_LINE
+        assert not (one.continues and one.data == b"\n" and whole[-1].endswith(b"\r"))
+        if one.continues:
+            whole[-1] += one.data
+        else:
+            whole.append(one.data)
+    assert whole == wanted
+
+
+async def test_a_segment_that_is_exactly_full_is_followed_and_read_from_its_end(tmp_path: Path) -> None:
+    writer, owner = LogWriter(tmp_path / "log", segment_bytes=1000), Owner()
+    writer.write("stdout", b"a" * 1000)
+    with open_log(writer.directory, owner) as log:
+        async with log.reader(Selection()) as first, log.reader(Selection(offset=1000)) as at_its_end:
+            assert await anext(first) == Chunk(Stream.STDOUT, b"a" * 1000, 0, writer.clock / 1e9)
+            waiting = [asyncio.ensure_future(anext(reader)) for reader in (first, at_its_end)]
+            await asyncio.sleep(0)
+            writer.write("stderr", b"b")
+            with fail_after(5):
+                parts = await asyncio.gather(*waiting)
+            assert [(part.offset, part.data) for part in parts if isinstance(part, Chunk)] == [(1000, b"b")] * 2
+            writer.end()
+            owner.end()
+            assert [part async for part in first] == [part async for part in at_its_end] == []
+            assert first.end is not None and first.end.total_bytes == 1001
+    assert await read(writer, offset=1001) == []
+
+
+async def test_an_offset_within_a_gap_is_told_the_rest_of_it(tmp_path: Path) -> None:
+    writer = LogWriter(tmp_path / "log", segment_bytes=10)
+    writer.write("stdout", b"0123456789")
+    writer.write("stdout", b"abcdefghij")
+    writer.lose(20)
+    writer.write("stdout", b"end")
+    writer.end()
+    for name in ("000000000000000a", "000000000000000a.idx"):
+        (writer.directory / name).unlink()
+    dropped, lost, end = Gap(10, 19, "dropped"), Gap(20, 39, "write_error"), b"end"
+    parts = {
+        offset: [part if isinstance(part, Gap) else part.data for part in await read(writer, offset=offset)]
+        for offset in (10, 19, 20, 25, 39, 40)
+    }
+    assert parts[10] == [dropped, lost, end]
+    assert parts[19] == [Gap(19, 19, "dropped"), lost, end]
+    assert parts[20] == [lost, end]
+    assert parts[25] == [Gap(25, 39, "write_error"), end]
+    assert parts[39] == [Gap(39, 39, "write_error"), end]
+    assert parts[40] == [end]
+
+
+@pytest.mark.parametrize("first", [7, 17])
+async def test_a_clock_that_was_set_back_gives_each_byte_once(tmp_path: Path, first: int) -> None:
+    """Times order nothing then; what is given is still one run of the log, from and up to where a time was reached."""
+    writer = LogWriter(tmp_path / "log", segment_bytes=25)
+    for number in range(20):
+        writer.write("stdout", b"%05d" % number, -15_000 * MS if number == 10 else 1000 * MS)
+    writer.end()
+    begun = 1_700_000_000
+    all_of_it = b"".join(b"%05d" % number for number in range(20))
+    for since, until in itertools.product(
+        (None, begun - 20, begun + first, begun + 100), (None, begun - 20, begun + first, begun + 100)
+    ):
+        if since is None or until is None or since <= until:
+            got = text(await read(writer, since=since, until=until))
+            assert got in all_of_it
+            assert len(got) % 5 == 0
+    assert text(await read(writer, since=begun - 20)) == all_of_it
+    assert text(await read(writer, until=begun + 100)) == all_of_it
+    assert text(await read(writer, tail=0, since=begun)) == b""
+
+
+def many_of_stdout(directory: Path, count: int) -> LogWriter:
+    """A log of so many records of stdout, a byte each, and one of stderr at its end."""
+    writer = LogWriter(directory / "log", segment_bytes=1 << 40)
+    writer.append(writer.data, b"x" * count)
+    records = (RECORD.pack(end, writer.clock + end, DATA, 1, 0) for end in range(1, count + 1))
+    writer.append(writer.index, b"".join(records))
+    writer.offset, writer.clock = count, writer.clock + count
+    writer.write("stderr", b"last")
+    return writer
+
+
+async def test_records_that_are_not_wanted_hold_up_nobody_else(tmp_path: Path) -> None:
+    """A job that writes a byte at a time makes millions of them; who wants the other stream passes them over on the loop."""
+    writer, owner = many_of_stdout(tmp_path, OTHERS), Owner()
+    turns = 0
+    with open_log(writer.directory, owner) as log:
+        for selection in (Selection(streams=frozenset({Stream.STDERR})), Selection(since=writer.clock / 1e9)):
+            async with log.reader(selection) as reader:
+                await reader.locate()
+                following = asyncio.ensure_future(anext(reader))
+                before = turns
+                while not following.done():
+                    turns += 1
+                    await asyncio.sleep(0)
+                part = await following
+            assert isinstance(part, Chunk) and part.data == b"last"
+            assert selection.since is not None or turns - before >= OTHERS // PASSES
+
+
+async def test_next_nowait_passes_over_all_that_is_not_wanted(tmp_path: Path) -> None:
+    writer, owner = many_of_stdout(tmp_path, 10 * PASSES), Owner()
+    with open_log(writer.directory, owner) as log:
+        async with log.reader(Selection(streams=frozenset({Stream.STDERR}))) as reader:
+            part = reader.next_nowait()
+    assert isinstance(part, Chunk) and part.data == b"last"
+
+
+async def test_a_thousand_followers_of_one_log_have_every_byte(tmp_path: Path) -> None:
+    writer, owner = LogWriter(tmp_path / "log", segment_bytes=4000), Owner()
+    with open_log(writer.directory, owner) as log:
+        following = [asyncio.ensure_future(collect(log.reader(Selection()))) for _ in range(1000)]
+        for number in range(8):
+            writer.write("stdout" if number % 2 else "stderr", b"%d" % number * 999 + b"\n", 100 * MS)
+            await asyncio.sleep(0.02)
+        writer.end()
+        owner.end()
+        with fail_after(20):
+            got = await asyncio.gather(*following)
+    assert {text(parts) for parts in got} == {b"".join(b"%d" % number * 999 + b"\n" for number in range(8))}
+
+
+@pytest.mark.parametrize("selection", [Selection(tail=2), Selection(since=1.0), Selection(), Selection(follow=False)])
+async def test_a_log_that_was_removed_before_it_is_read_is_not_found(tmp_path: Path, selection: Selection) -> None:
+    writer, owner = LogWriter(tmp_path / "log"), Owner()
+    writer.write("stdout", b"gone\n")
+    shutil.rmtree(writer.directory)
+    owner.end()
+    with open_log(writer.directory, owner) as log:
+        async with log.reader(selection) as reader:
+            with pytest.raises(JobNotFound), fail_after(5):
+                await anext(reader)

@@ -141,10 +141,13 @@ class StateDir:
         work = directory / "work"
         work.mkdir(mode=0o700)
         give(work, record.uid, record.gid)
-        # Order: the marker comes first, on disk too, so that no directory with a job.json is ever taken for a settled job's.
+        # Order: the marker is on disk before job.json has its name, so that no directory with one is ever taken for a settled
+        # job's. All that is new is made before anything is synced: a journal takes it in one go then.
         (self.running / record.job_id).touch(mode=0o600)
+        temporary = write_temporary(directory / "job.json", pack_record(record))
         _sync_directory(self.running)
-        write_durably(directory / "job.json", pack_record(record))
+        temporary.rename(directory / "job.json")
+        _sync_directory(directory)
         _sync_directory(self.jobs)
 
     def load(self, job_id: str) -> JobRecord:
@@ -278,6 +281,12 @@ class StateDir:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write a file so that after a crash it is there whole or not at all: temporary file, fsync, rename, fsync of the directory."""
+    write_temporary(path, data).rename(path)
+    _sync_directory(path.parent)
+
+
+def write_temporary(path: Path, data: bytes) -> Path:
+    """A file beside it with these bytes, synced: to be renamed to `path`."""
     temporary = path.with_name(f".{path.name}.new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -286,8 +295,7 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-    temporary.rename(path)
-    _sync_directory(path.parent)
+    return temporary
 
 
 def append_durably(path: Path, lines: Iterable[bytes]) -> None:

@@ -12,13 +12,15 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "jobrunner.h"
 
 #define RETRY (10 * MS)		/* between attempts to make a segment on a full disk: each is some writes to a directory */
 #define LEAST_PIECE 4096
-#define LARGE_SEGMENT (1 << 20)	/* smaller ones may well be gone before the kernel would write them to the disk by itself */
+#define LARGE_SEGMENT (1 << 20)	/* smaller ones may well be gone before the kernel would write them to the disk by itself, */
+#define SLOW (1000 * MS)		/* and so may those that were filled within this time */
 #define RECORD sizeof(struct index_record)
 
 enum { DATA = 1, GAP, END };
@@ -31,7 +33,7 @@ static struct {
 	enum cause cause;		/* why the job should be ended, until that was asked for */
 	enum reason reason;		/* of what is untold, by its first byte */
 	uint64_t segment_bytes, piece;	/* when the next segment is due; bytes written at once */
-	int64_t retry_at;
+	int64_t retry_at, begun;	/* when the segment was begun */
 	uint64_t base, offset, size;	/* of the segment; of the next byte; data and index of the segment */
 	uint64_t untold, lost;		/* bytes lost that no gap record tells yet; all bytes lost */
 } out = {.dir = -1, .data = -1, .index = -1};
@@ -39,13 +41,20 @@ static struct {
 static void close_segment(void)
 {
 	if (out.data >= 0) {
-		/* Order: begin to write it to the disk now, wait for that at the end of the job; the job never waits. */
-		if (out.size >= LARGE_SEGMENT)
-			sync_file_range(out.data, 0, 0, SYNC_FILE_RANGE_WRITE);
 		close(out.data);
 		close(out.index);
 	}
 	out.data = out.index = -1;
+}
+
+/*
+ * Let the kernel begin to write a full segment to the disk, so that the end of the job need not wait for all of it. That takes time
+ * of ours, which a job that writes fast would feel: what it writes goes to the disk when the kernel, or the end, has it so.
+ */
+static void write_early(int64_t now)
+{
+	if (out.data >= 0 && out.size >= LARGE_SEGMENT && now - out.begun >= SLOW)
+		sync_file_range(out.data, 0, 0, SYNC_FILE_RANGE_WRITE);
 }
 
 static void grow(size_t size)
@@ -89,11 +98,14 @@ static int create_segment(const char *data, const char *index, int64_t real_ns)
 static int open_segment(int64_t real_ns)
 {
 	char data[SEGMENT_NAME], index[SEGMENT_NAME];
+	const int64_t now = now_ns(CLOCK_BOOTTIME);
+	write_early(now);
 	close_segment();
 	segment_names(out.offset, data, index);
 	int error = create_segment(data, index, real_ns);
 	if (!error) {
 		out.base = out.offset;
+		out.begun = now;
 		out.size = 0;
 		retention_begin(out.base);
 		grow(out.untold ? RECORD : 0);
@@ -188,20 +200,41 @@ enum cause log_cause(void)
 	return cause;
 }
 
-/* Before the exit record: what it says the log holds must be there after a crash of the host. */
-void log_sync(void)
+static void begin_writing(int file)
+{
+	sync_file_range(file, 0, 0, SYNC_FILE_RANGE_WRITE);
+}
+
+static void finish_writing(int file)
+{
+	struct stat found;
+	if (fstat(file, &found) != 0 || found.st_size)	/* an empty one is its name alone */
+		fdatasync(file);
+}
+
+static void each_file(void (*act)(int file))
 {
 	int copy = openat(out.dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	DIR *dir = copy < 0 ? NULL : fdopendir(copy);
 	for (struct dirent *entry; dir && (entry = readdir(dir));) {
 		int file = entry->d_name[0] == '.' ? -1 : openat(out.dir, entry->d_name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
 		if (file >= 0) {
-			fdatasync(file);
+			act(file);
 			close(file);
 		}
 	}
 	if (dir)
 		closedir(dir);
+}
+
+/*
+ * Before the exit record: what it says the log holds must be there after a crash of the host. All is on its way before anything is
+ * waited for, so that a journal takes it in one go.
+ */
+void log_sync(void)
+{
+	each_file(begin_writing);
+	each_file(finish_writing);
 	fsync(out.dir);
 }
 

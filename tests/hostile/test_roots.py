@@ -53,6 +53,7 @@ STOPPED = {"climb": "not there", "break_out": "EPERM", "uncover": "EPERM"}
 async def test_nothing_above_the_root_can_be_reached(entered: tuple[str, Arena], mark: str) -> None:
     for name, why in STOPPED.items():
         assert (await entered[1].attack("roots", name, mark)).text == f"refused: {why}"
+        assert (await entered[1].attack("roots", name, mark, writable=True)).text == f"refused: {why}"
     assert outside("roots", "climb", mark).startswith("succeeded")
 
 
@@ -76,3 +77,6 @@ async def test_masks_and_writable_places_are_the_same(entered: tuple[str, Arena]
     assert (await arena.attack("files", "read", "/etc/shadow", "root:")).text == "refused: empty"
     assert (await arena.attack("files", "create", "/usr/hostile", without=["uid"])).text == "refused: EROFS"
     assert (await arena.attack("files", "create", "/tmp/ours")).text == "succeeded: made"
+    assert (await arena.attack("files", "read", "/etc/shadow", "root:", writable=True)).text == "refused: empty"
+    assert (await arena.attack("files", "create", "/usr/hostile", writable=True)).text == "succeeded: made"
+    assert not Path("/usr/hostile").exists()

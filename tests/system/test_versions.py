@@ -25,7 +25,7 @@ from tests.support.runner import open_runner, output, processes_with, shell
 from tests.support.timing import fail_after
 
 ROOT = Path(__file__).parents[2]
-OLDER = {"jobs of root": "b0c5c16", "one uid for each job": "54b9681"}
+OLDER = {"jobs of root": "b0c5c16f6e42", "one uid for each job": "54b9681a63d4"}
 """Versions before this one, by what was other about them."""
 pytestmark = [pytest.mark.requires("root", "command:git", "command:cc"), pytest.mark.timeout(120)]
 

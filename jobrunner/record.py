@@ -14,6 +14,8 @@ from jobrunner.job import JobSpec, Limits, OutputPolicy
 __all__ = ["JobRecord", "RecordError", "fingerprint", "pack_record", "parse_record"]
 
 VERSION = 1
+MAX_TIME = 253402300800.0
+"""Seconds since the epoch of the year 10000, which no calendar of Python's has (datetime)."""
 
 
 class RecordError(JobRunnerError):
@@ -83,6 +85,8 @@ def parse_record(data: bytes, job_id: str) -> JobRecord:
         raise
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError, JobRunnerError) as exc:
         raise RecordError(f"it is damaged: {exc!r}") from exc
+    if not 0 <= record.created < MAX_TIME:
+        raise RecordError(f"it was created at {record.created}, which is no time")
     if record.job_id != job_id:
         raise RecordError(f"it is of job {record.job_id}")
     return record

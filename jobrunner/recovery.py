@@ -8,7 +8,7 @@ The rules, for a job whose marker, or cgroup, says that it is not settled (docs/
     no ctl                                   no shim made itself known yet: recovery makes ctl itself, and the start never happens
     ctl with a reader                        runs: adopted
     ctl without a reader, exit record ended  settled by the record
-    ... start failed, or no exit record      nothing was executed: removed
+    ... start failed, or no exit record      nothing was executed: removed, if there is no output either
     ... exit record running, or damaged      the shim was killed: what is left of the job is killed, and it is `lost`
 
 A stop that was asked for is asked again of a shim that lives. Settled jobs are loaded beside, or when they are asked for; of those
@@ -128,7 +128,7 @@ def look(runner: JobRunner, job: RunnerJob, settling: bool) -> Left:
     stop = runner.state.read_stop(job.job_id)
     return Left(
         exit_record,
-        ran=there and not failed,
+        ran=runner.state.has_run(job.job_id) and not failed,
         found=path.lstat().st_mtime if there else job.record.created,
         stopped_by=stop.by if stop else job.stop_asked_by or "",
         bounds=_bounds(job),
@@ -195,7 +195,7 @@ async def _clear(job: RunnerJob, exit_record: ExitRecord | None) -> None:
 async def recover(runner: JobRunner) -> Found:
     """Take over the jobs that may run, and clear what has no job. What is left to do: `load_rest` and `tidy`."""
     found = await anyio.to_thread.run_sync(runner.state.find)
-    await anyio.to_thread.run_sync(runner.catalog.requests.load)
+    await anyio.to_thread.run_sync(_load_requests, runner)
     for uid in (*found.leaving.values(), *found.removed.values()):
         runner.identities.hold(uid)
     cgroups = set(runner.cgroups.leftovers())
@@ -209,6 +209,17 @@ async def recover(runner: JobRunner) -> Found:
     settled = [job_id for job_id in found.settled if job_id not in cgroups]
     leaving = {job_id: uid for job_id, uid in found.leaving.items() if job_id not in cgroups}
     return replace(found, settled=settled, leaving=leaving)
+
+
+def _load_requests(runner: JobRunner) -> None:
+    """Without them a server serves all the same: what is asked for again after its job was removed may happen twice then."""
+    requests = runner.catalog.requests
+    try:
+        requests.load()
+    except RecordError as exc:
+        runner.state.set_aside(requests.path, exc.message)
+    except OSError as exc:
+        logger.error("cannot read %s: %s; the request ids of removed jobs are not known", requests.path, exc.strerror)
 
 
 async def tidy(runner: JobRunner, found: Found) -> None:
@@ -257,7 +268,7 @@ def _read_unsettled(runner: JobRunner, job_id: str) -> tuple[JobRecord, bool, Ex
     alive = runner.state.shim_lives(job_id)
     exit_record = runner.state.exit_record(job_id)
     failed = exit_record is not None and exit_record.state is State.FAILED
-    never = failed or not os.path.lexists(runner.state.directory(job_id) / "exit")
+    never = failed or not runner.state.has_run(job_id)
     return record, never and not alive, exit_record
 
 

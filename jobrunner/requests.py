@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobrunner.job import is_job_id
-from jobrunner.statedir import append_durably, write_durably
+from jobrunner.statedir import append_durably, read_file, write_durably
 
 if TYPE_CHECKING:
     from jobrunner.handle import RunnerJob
@@ -33,6 +33,8 @@ KEEP = 86400.0
 """Seconds that a request id outlives its job's record."""
 MOST = 500_000
 """Of those; past that the oldest are forgotten early: some 300 bytes each."""
+MAX_FILE = 256 << 20
+"""Bytes of the file that are read: far more lines than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class RequestIds:
     """All request ids that are known. `load` and `append` wait for the disk; everything else is memory."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._known: dict[bytes, bytes] = {}
         self._starting: dict[bytes, Claim] = {}
         self._removed: deque[tuple[float, bytes]] = deque()
@@ -92,12 +94,15 @@ class RequestIds:
         """The same on disk. Raises OSError."""
         lines = [_line(key, known, now) for key in keys if (known := self._known.get(key)) is not None]
         if lines:
-            append_durably(self._path, lines)
+            append_durably(self.path, lines)
 
     def load(self) -> None:
-        """Read the file; leave in it what is still of use. What is damaged in it is told and passed over."""
+        """Read the file; leave in it what is still of use. What is damaged in it is told and passed over.
+
+        Raises OSError, and RecordError if it is no file of ours.
+        """
         try:
-            lines = self._path.read_bytes().split(b"\n")
+            lines = read_file(self.path, MAX_FILE).split(b"\n")
         except FileNotFoundError:
             return
         now = time.time()
@@ -105,15 +110,15 @@ class RequestIds:
         # A clock that was set back forgets nothing early: what was removed at a time to come was removed by now.
         good = [(key, known, min(removed, now)) for key, known, removed in filter(None, parsed) if removed > now - KEEP]
         if None in parsed:
-            logger.error("cannot read %d lines of %s: they are damaged, and passed over", parsed.count(None), self._path)
+            logger.error("cannot read %d lines of %s: they are damaged, and passed over", parsed.count(None), self.path)
         for key, known, removed in sorted(good, key=lambda line: line[2])[-MOST:]:
             self._known[key] = known
             self._removed.append((removed, key))
         if good != parsed:
             try:
-                write_durably(self._path, b"".join(_line(*line) for line in good))
+                write_durably(self.path, b"".join(_line(*line) for line in good))
             except OSError as exc:  # a full disk must not keep a server from its jobs
-                logger.error("cannot shorten %s: %s", self._path, exc.strerror)
+                logger.error("cannot shorten %s: %s", self.path, exc.strerror)
 
     def _expire(self) -> None:
         last = time.time() - KEEP

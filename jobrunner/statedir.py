@@ -30,7 +30,7 @@ from jobrunner.record import JobRecord, RecordError, pack_record, parse_record
 from jobrunner.shim.exitrecord import ExitRecord, is_newer, parse_exit
 from jobrunner.shim.stopfile import StopRequest, pack_stop, parse_stop
 
-__all__ = ["Found", "StateDir", "append_durably", "write_durably"]
+__all__ = ["Found", "StateDir", "append_durably", "read_file", "write_durably"]
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class StateDir:
         if owner != os.geteuid():
             raise RecordError(f"it belongs to uid {owner}")
         try:
-            return parse_record(_read_file(directory / "job.json"), job_id)
+            return parse_record(read_file(directory / "job.json"), job_id)
         except FileNotFoundError as exc:
             if any(os.path.lexists(directory / name) for name in ("ctl", "exit")):  # which come after it
                 raise RecordError("job.json: it is missing") from exc
@@ -169,7 +169,7 @@ class StateDir:
         """The exit record; None if there is none or it is damaged, which is told. RecordError if it is of a newer version."""
         path = self.directory(job_id) / "exit"
         try:
-            data = _read_file(path)
+            data = read_file(path)
         except FileNotFoundError:
             return None
         except RecordError as exc:
@@ -181,6 +181,15 @@ class StateDir:
         if record is None:
             logger.error("cannot read %s: it is damaged; how the job ended is unknown", path)
         return record
+
+    def has_run(self, job_id: str) -> bool:
+        """Whether its command was let go, as far as anybody can tell: there is an `exit`, or there is output."""
+        directory = self.directory(job_id)
+        if os.path.lexists(directory / "exit"):
+            return True
+        with contextlib.suppress(OSError), os.scandir(directory / "log") as entries:
+            return any(entry.name.endswith(".idx") and entry.stat(follow_symlinks=False).st_size for entry in entries)
+        return False
 
     def shim_lives(self, job_id: str) -> bool:
         """Whether a shim reads the job's `ctl`; True too where that cannot be told."""
@@ -267,7 +276,7 @@ class StateDir:
     def read_stop(self, job_id: str) -> StopRequest | None:
         """The stop that was asked for, None if there was none, or none that can be read."""
         try:
-            return parse_stop(_read_file(self.directory(job_id) / "stop"))
+            return parse_stop(read_file(self.directory(job_id) / "stop"))
         except (OSError, ValueError, RecordError):
             return None
 
@@ -315,8 +324,8 @@ def append_durably(path: Path, lines: Iterable[bytes]) -> None:
         os.close(fd)
 
 
-def _read_file(path: Path) -> bytes:
-    """The bytes of a regular file of ours. RecordError for anything else, which is not waited for, or what is too large."""
+def read_file(path: Path, most: int = MAX_FILE) -> bytes:
+    """The bytes of a regular file of ours. RecordError for anything else, which is not waited for, or more than `most`."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
@@ -325,12 +334,12 @@ def _read_file(path: Path) -> bytes:
         raise
     try:
         found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_FILE:
-            raise RecordError("it is no regular file" if found.st_size <= MAX_FILE else f"it has {found.st_size} bytes")
+        if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+            raise RecordError("it is no regular file" if found.st_size <= most else f"it has {found.st_size} bytes")
         if found.st_uid != os.geteuid():
             raise RecordError(f"it belongs to uid {found.st_uid}")
         with open(fd, "rb", closefd=False) as file:
-            return file.read(MAX_FILE)
+            return file.read(most)
     finally:
         os.close(fd)
 

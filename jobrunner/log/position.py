@@ -144,7 +144,7 @@ def _pieces(
                 if record.end < at:
                     scan.gap()
                 at = min(at, first)
-                if record.kind == DATA and STREAMS[record.stream] in scan.streams:
+                if record.kind == DATA and STREAMS.get(record.stream) in scan.streams:
                     for offset, data in window.backwards(max(first, floor), min(record.end, end)):
                         yield STREAMS[record.stream], offset, data
                 if at <= floor or cancelled():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import struct
 import subprocess
 import zlib
@@ -14,9 +16,10 @@ import pytest
 
 from jobrunner import JobSpec
 from jobrunner.config import RunnerConfig
-from jobrunner.errors import HostError, JobNotFound, LimitReached
+from jobrunner.errors import HostError, JobNotFound, JobRemoved, LimitReached, OffsetOutOfRange
 from jobrunner.job import Gap
 from jobrunner.linux.check import Level, everything
+from jobrunner.output import Chunk
 from jobrunner.runner import JobRunner
 from jobrunner.sandbox import needs
 from tests.support.runner import open_runner, output, run, shell
@@ -250,6 +253,67 @@ async def test_a_job_whose_record_is_missing_is_set_aside_and_not_removed(tmp_pa
     async with open_runner(tmp_path) as runner:
         assert await runner.list() == []
     assert (tmp_path / "state" / "corrupt" / info.job_id / "log").is_dir()
+
+
+async def test_a_job_whose_exit_record_is_missing_is_lost_and_keeps_its_output(tmp_path: Path) -> None:
+    async with JobRunner.open(RunnerConfig(state_dir=tmp_path / "state")) as runner:
+        ended = await run(runner, shell("echo out"))
+        running = await runner.start(shell("echo out; sleep 0.3"))
+        async with running.log() as reader:
+            assert await reader.next_line()
+        for job_id in (ended.job_id, running.job_id):
+            (runner.state.directory(job_id) / "exit").unlink()
+    async with open_runner(tmp_path) as runner:
+        for job_id in (ended.job_id, running.job_id):
+            job = await runner.get(job_id)
+            with fail_after(10):
+                assert (await job.wait()).end_reason == "lost"
+            assert await output(job) == b"out\n"
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "link", "another user's"])
+async def test_requests_that_are_no_file_of_ours_are_set_aside(tmp_path: Path, kind: str) -> None:
+    async with open_runner(tmp_path) as runner:
+        await run(runner, JobSpec("true"))
+    requests, outside = tmp_path / "state" / "requests", tmp_path / "outside"
+    outside.write_text("mine\n")
+    make: dict[str, Callable[[], object]] = {
+        "directory": requests.mkdir,
+        "fifo": lambda: os.mkfifo(requests),
+        "link": lambda: requests.symlink_to(outside),
+        "another user's": requests.touch,
+    }
+    make[kind]()
+    os.chown(requests, *((1000, 1000) if kind == "another user's" else (0, 0)), follow_symlinks=False)
+    async with open_runner(tmp_path) as runner:
+        job = await runner.start(JobSpec("true", request_id="r"))
+        await job.wait()
+        await runner.remove(job.job_id)
+    assert (tmp_path / "state" / "corrupt" / "requests.why").exists()
+    assert outside.read_text() == "mine\n"
+    async with open_runner(tmp_path) as runner:
+        with pytest.raises(JobRemoved):
+            await runner.start(JobSpec("true", request_id="r"))
+
+
+async def test_an_index_of_garbage_gives_an_end_and_no_byte_that_was_not_written(tmp_path: Path) -> None:
+    """Cut, overwritten, followed by zeros or by noise, as disks do it: each selection ends."""
+    async with open_runner(tmp_path) as runner:
+        info = await run(runner, shell("for i in 1 2 3 4 5 6; do echo line $i; echo line $i >&2; sleep 0.005; done"))
+        (index,) = (runner.state.directory(info.job_id) / "log").glob("*.idx")
+    whole, written = index.read_bytes(), index.with_suffix("").read_bytes()
+    choice = random.Random("garbage")
+    for _ in range(40):
+        at, noise = choice.randrange(len(whole)), choice.randbytes(choice.randrange(1, 100))
+        damaged = [whole[:at], whole[:at] + noise + whole[at + len(noise) :], whole[:at] + bytes(99), whole + noise]
+        index.write_bytes(choice.choice(damaged))
+        async with open_runner(tmp_path) as runner:
+            job = await runner.get(info.job_id)
+            for options in ({}, {"tail": 2}, {"since": 0.0}, {"offset": 10}, {"follow": False}):
+                with fail_after(10), contextlib.suppress(OffsetOutOfRange):
+                    async with job.log(**options) as reader:
+                        parts = [part async for part in reader]
+                    assert all(part.data == written[part.offset :][: len(part.data)] for part in parts if isinstance(part, Chunk))
 
 
 async def test_foreign_files_in_a_log_are_passed_over(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ BAD_RECORDS: dict[str, Callable[[str, str], str]] = {
     "nested without end": lambda _text, _: "[" * 200_000,
     "of another job": lambda text, job_id: text.replace(job_id, "0123456789ab"),
     "of a newer version": lambda text, _: text.replace('"version": 1', '"version": 2'),
+    "of a time beyond all calendars": lambda text, _: text.replace('"created": 1', '"created": 1e300, "was": 1'),
     "with a time that is none": lambda text, _: text.replace('"created": 1', '"created": "x", "was": 1'),
     "empty": lambda _text, _: "",
 }

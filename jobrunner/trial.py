@@ -35,7 +35,7 @@ __all__ = ["run"]
 TIMEOUT = 60.0
 """Seconds for all of them: a volume on a file system that does not answer must not hold the check up for ever."""
 UIDS = 8
-"""Of the last that jobs can have: those that a server beside this one comes to last."""
+"""So few of the uids that jobs can have, the last ones: hardly those of a server beside this one."""
 BUG = "do not run jobs here, and report it: what was set up does not hold"
 NONE = "0000000000000000"
 CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
@@ -54,11 +54,14 @@ async def _run(config: RunnerConfig) -> list[Finding]:
                 await _jobs(runner, found)
     except HostError as exc:
         found.append(from_error("job", exc))
+    except JobRunnerError as exc:
+        found.append(_failed("job", Level.MISSING, exc))
     except TimeoutError:
+        name, level = ("offers", Level.LIMITED) if found else ("job", Level.MISSING)
         what = f"not done after {TIMEOUT:.0f} s; the last to be done was {found[-1].name if found else 'none'}"
-        found.append(Finding(Level.MISSING, "job", what, "see which file system does not answer: an NFS server that is away?"))
+        found.append(Finding(level, name, what, "see which file system does not answer: an NFS server that is away?"))
     except OSError as exc:
-        found.append(Finding(Level.MISSING, "job", f"{exc.filename or 'run'}: {exc.strerror}", "make that possible"))
+        found.append(Finding(Level.LIMITED, "offers", f"{exc.filename or 'run'}: {exc.strerror}", "make that possible"))
     return found
 
 

@@ -142,7 +142,12 @@ def stop_jobs(
 
     with _told():
         seconds = _given("grace", grace, checked.between(checked.seconds, 0, 86400))
-        anyio.run(stop, load_runner(_settings(config), os.environ, {"state_dir": state_dir}))
+        settings = load_runner(_settings(config), os.environ, {"state_dir": state_dir})
+        if not settings.state_dir.is_dir():
+            # Told, and no failure: the units stop the jobs of a server that was never started, too.
+            print(f"jobrunnerd: there is no state directory {settings.state_dir}, so no jobs", file=sys.stderr)
+            return
+        anyio.run(stop, settings)
 
 
 @app.command()
@@ -170,6 +175,7 @@ def dev(
 ) -> None:
     """Serve with throw-away certificates, and print what a client needs: one line to paste for each role."""
     with _told():
+        _given("listen", listen, checked.listen)
         made = Path(tempfile.mkdtemp(prefix="jobrunner-dev-")) if directory is None else _given("dir", directory)
         root = made.absolute()
         if not (root / "ca.pem").exists():

@@ -70,6 +70,7 @@ def test_a_strange_locale_is_no_matter(env: dict[str, str]) -> None:
         ("check --state-dir ''", "cannot read the command line: state_dir: is empty"),
         ("check --config ''", "cannot read the command line: config: is empty"),
         ("dev --dir ''", "cannot read the command line: dir: is empty"),
+        ("dev --listen host:port", "cannot read the command line: listen: 'port' is no port between 0 and 65535"),
     ],
 )
 def test_wrong_usage_is_one_line(words: str, line: str) -> None:
@@ -92,6 +93,13 @@ def test_settings_that_cannot_be_read_are_one_line(tmp_path: Path, command: str,
     done = shell(f'exec "$0" {command} --config {file}')
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(f"jobrunnerd: cannot read configuration {file}: ")
+
+
+@pytest.mark.parametrize(("command", "code"), [("drain", 3), ("stop-jobs", 0)])
+def test_a_state_directory_that_nobody_has_made_is_told_and_not_made(tmp_path: Path, command: str, code: int) -> None:
+    done = shell(f'exec "$0" {command} --state-dir {tmp_path}/away')
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
+    assert not (tmp_path / "away").exists()
 
 
 @pytest.mark.parametrize(("path", "reason"), [("/no/file", "No such file or directory"), ("/tmp", "Is a directory")])

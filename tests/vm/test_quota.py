@@ -39,18 +39,22 @@ class Disk:
         return {errno.EDQUOT: b"Disk quota exceeded", errno.ENOSPC: b"No space left on device"}[self.full]
 
 
-@pytest.fixture(params=["ext4", "xfs"])
+BOTH = pytest.mark.parametrize("disk", ["ext4", "xfs"], indirect=True)
+
+
+@pytest.fixture
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
-    """A disk that is made of a file, mounted with project quotas."""
+    """A disk that is made of a file, mounted with project quotas: ext4, unless the test says so."""
+    kind = getattr(request, "param", "ext4")
     image, mount = tmp_path / "image", tmp_path / "mount"
     mount.mkdir()
-    if request.param == "ext4":
+    if kind == "ext4":
         subprocess.run(["truncate", "--size=128M", image], check=True)
         subprocess.run(["mkfs.ext4", "-q", "-F", "-O", "quota,project", "-E", "quotatype=prjquota", image], check=True)
     else:
         subprocess.run(["cp", "--sparse=always", "/disk/xfs", image], check=True)
     subprocess.run(["mount", "-o", "loop,prjquota", image, mount], check=True)
-    yield Disk(mount, errno.EDQUOT if request.param == "ext4" else errno.ENOSPC)
+    yield Disk(mount, errno.EDQUOT if kind == "ext4" else errno.ENOSPC)
     subprocess.run(["umount", "--lazy", mount], check=True)
 
 
@@ -62,6 +66,7 @@ def sized(size: int = SIZE) -> Limits:
     return Limits(work_size=size)
 
 
+@BOTH
 async def test_work_is_on_disk_and_has_its_size(disk: Disk) -> None:
     async with open_runner(disk.path) as runner:
         script = fill(20) + "df --output=size --block-size=1 . | tail -1"
@@ -79,6 +84,7 @@ async def test_work_is_on_disk_and_has_its_size(disk: Disk) -> None:
     assert int(all_of_it) == 20 * MIB
 
 
+@BOTH
 async def test_files_are_bounded_too(disk: Disk) -> None:
     async with open_runner(disk.path) as runner:
         info, data = await run_output(runner, shell(NAMES, limits=sized()))
@@ -93,7 +99,8 @@ async def test_a_full_work_directory_is_its_jobs_alone(disk: Disk, tmp_path: Pat
     async with open_runner(disk.path) as runner:
         full = await runner.start(shell(fill(20) + "exec sleep 600", limits=sized()))
         async with full.log() as reader:
-            assert disk.told in (await anext(reader)).data  # type: ignore[union-attr]
+            line = await reader.next_line()
+        assert line is not None and disk.told in line.data
         info, data = await run_output(runner, shell(fill(6), limits=sized()))
         assert (info.status, int(data)) == ("completed", 6 * MIB)
         assert len(records(disk.path)) == 2
@@ -116,6 +123,7 @@ async def test_a_job_that_does_not_say_has_the_configured_size(disk: Disk) -> No
         assert (info.work, info.limits.work_size, int(data)) == ("disk", None, 20 * MIB)
 
 
+@BOTH
 async def test_a_job_cannot_leave_its_project(disk: Disk) -> None:
     limits = replace(SMALL, work_size=SIZE)
     attack = ("projects", "leave_project", "/work", "20")
@@ -149,6 +157,7 @@ async def test_a_removal_that_a_crash_cut_short_frees_the_project(disk: Disk) ->
         until_left(disk.path, 0)
 
 
+@BOTH
 async def test_jobs_that_start_at_once_have_a_project_each_and_none_is_left_for_more(disk: Disk) -> None:
     spec = JobSpec("sleep", ("600",), limits=sized())
     async with open_runner(disk.path, project_ids=(0x71000000, 4)) as runner:
@@ -190,6 +199,7 @@ async def use(runner: JobRunner, script: str) -> bytes:
     return data
 
 
+@BOTH
 async def test_a_workspace_has_its_size_over_all_jobs(disk: Disk) -> None:
     async with open_runner(disk.path, workspaces=True, workspace_size=SIZE) as runner:
         assert int(await use(runner, fill(6, "one"))) == 6 * MIB

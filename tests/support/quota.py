@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.timing import at_most
+import anyio
+
+from tests.support.timing import fail_after
 
 __all__ = ["Record", "records", "until_left"]
 
@@ -47,9 +48,8 @@ def records(mount: Path) -> dict[int, Record]:
         os.close(directory)
 
 
-def until_left(mount: Path, count: int) -> None:
+async def until_left(mount: Path, count: int) -> None:
     """Wait until so many projects are left: xfs frees what was unlinked behind the caller's back, and tells nobody when."""
-    end = time.monotonic() + at_most(10)
-    while len(found := records(mount)) != count:
-        assert time.monotonic() < end, found
-        time.sleep(0.05)
+    with fail_after(10):
+        while len(records(mount)) != count:  # noqa: ASYNC110
+            await anyio.sleep(0.05)

@@ -107,7 +107,7 @@ async def test_a_full_work_directory_is_its_jobs_alone(disk: Disk, tmp_path: Pat
         await full.stop(grace=0)
         await runner.remove(info.job_id)
         await runner.remove(full.job_id)
-    until_left(disk.path, 0)
+    await until_left(disk.path, 0)
 
 
 async def test_a_job_that_does_not_say_has_the_configured_size(disk: Disk) -> None:
@@ -154,7 +154,7 @@ async def test_a_removal_that_a_crash_cut_short_frees_the_project(disk: Disk) ->
     assert len(records(disk.path)) == 1
     (state / "jobs" / info.job_id).rename(state / "removed" / info.job_id)
     async with open_runner(disk.path):
-        until_left(disk.path, 0)
+        await until_left(disk.path, 0)
 
 
 @BOTH
@@ -168,7 +168,7 @@ async def test_jobs_that_start_at_once_have_a_project_each_and_none_is_left_for_
         assert (runner.running, len(list(runner.state.jobs.iterdir()))) == (4, 4)
         await jobs[0].stop(grace=0)
         await runner.remove(jobs[0].job_id)
-        until_left(disk.path, 3)
+        await until_left(disk.path, 3)
         again = await runner.start(spec)
         for job in [again, *jobs[1:]]:
             await job.stop(grace=0)
@@ -210,14 +210,14 @@ async def test_a_workspace_has_its_size_over_all_jobs(disk: Disk) -> None:
         await held.stop(grace=0)
         await runner.remove(held.job_id)
         await runner.remove_workspace("ann", "build")
-    until_left(disk.path, 0)
+    await until_left(disk.path, 0)
 
 
 async def test_the_size_of_workspaces_can_be_changed(disk: Disk) -> None:
     for size, bound in ((SIZE, SIZE), (2 * SIZE, 2 * SIZE), (None, 0)):
         async with open_runner(disk.path, workspaces=True, workspace_size=size) as runner:
             await use(runner, "true")
-            until_left(disk.path, 1)
+            await until_left(disk.path, 1)
             assert [found.most_bytes for found in records(disk.path).values()] == [bound]
     async with open_runner(disk.path, workspaces=True, workspace_size=SIZE) as runner:
         await runner.remove_workspace("ann", "build")
@@ -226,14 +226,14 @@ async def test_the_size_of_workspaces_can_be_changed(disk: Disk) -> None:
 async def test_a_workspace_that_cannot_be_counted_is_refused(disk: Disk) -> None:
     async with open_runner(disk.path, workspaces=True) as runner:
         await use(runner, "echo old > file")
-        until_left(disk.path, 0)
+        await until_left(disk.path, 0)
     async with open_runner(disk.path, workspaces=True, workspace_size=SIZE) as runner:
         with pytest.raises(StartFailed, match="build was made without workspace_size.*jobrunner workspace rm build"):
             await use(runner, "true")
         assert runner.running == 0
         await runner.remove_workspace("ann", "build")
         assert await use(runner, "ls -A") == b""
-        until_left(disk.path, 1)
+        await until_left(disk.path, 1)
         assert [one.most_bytes for one in records(disk.path).values()] == [SIZE]
         await runner.remove_workspace("ann", "build")
 
@@ -248,8 +248,8 @@ async def test_an_operators_project_around_the_state_directory_is_left_alone(dis
     async with open_runner(around, workspaces=True, workspace_size=SIZE) as runner:
         await use(runner, fill(2))
         info = await run(runner, shell(fill(2), limits=Limits(work_size=SIZE)))
-        until_left(disk.path, 3)
+        await until_left(disk.path, 3)
         await runner.remove(info.job_id)
         await runner.remove_workspace("ann", "build")
-    until_left(disk.path, 1)
+    await until_left(disk.path, 1)
     assert records(disk.path)[theirs].most_bytes == before.most_bytes == 64 * MIB

@@ -125,6 +125,11 @@ class Account:
             self.audit.write(event, reason=text, times=times)
         self._untold.clear()
 
+    def close(self) -> None:
+        """Tell what is left to be told; nothing is written from here on."""
+        self.sum_up()
+        self.audit.close()
+
     def _tell(self, event: str, peer: str, text: str, **fields: str) -> None:
         if self._peers.of(f"{event} {peer}").take() or self._all.take():
             if not self._untold:

@@ -19,7 +19,7 @@ from jobrunner.client import JobClient
 from jobrunner.config import RunnerConfig, ServerConfig
 from jobrunner.errors import JobRunnerError, PermissionDenied, Unauthenticated, Unavailable
 from jobrunner.job import JobSpec
-from jobrunner.server.main import RunningServer, running_server
+from jobrunner.server.process import RunningServer, running_server
 from tests.service.test_roles import AS_ADMIN, AS_VIEWER, DENIED, REFUSED, TABLE, _answer
 from tests.support.certs import Pair
 from tests.support.openssl import DAY, OpenSslCa

@@ -23,7 +23,7 @@ from jobrunner.config import RunnerConfig, ServerConfig
 from jobrunner.output import Chunk, OutputReader, Selection
 from jobrunner.runner import JobRunner
 from jobrunner.server.devcerts import make_certs
-from jobrunner.server.main import running_server
+from jobrunner.server.process import running_server
 from tests.kernel.test_log_model import JOB, LIMIT, WANTED, WRITE, Model
 from tests.support.proxy import Proxy, proxy_to
 from tests.support.timing import fail_after

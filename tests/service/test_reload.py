@@ -25,7 +25,7 @@ from jobrunner.config import RunnerConfig, ServerConfig
 from jobrunner.errors import ConfigError, Unauthenticated
 from jobrunner.job import JobSpec
 from jobrunner.pki import Authority, Profile
-from jobrunner.server.main import RunningServer, running_server
+from jobrunner.server.process import RunningServer, running_server
 from jobrunner.server.trust import Client, Trust
 from tests.support.daemon import ServerProcess, server_process
 from tests.support.server import eventually

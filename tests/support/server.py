@@ -12,7 +12,7 @@ import grpc.aio
 import pytest
 
 from jobrunner.config import RunnerConfig, ServerConfig
-from jobrunner.server.main import running_server
+from jobrunner.server.process import running_server
 from tests.support.certs import CertificateAuthority, Pair
 from tests.support.protobuf import official
 

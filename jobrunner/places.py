@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import anyio
 import anyio.to_thread
@@ -28,8 +30,9 @@ from jobrunner.spec import JobSpec
 from jobrunner.statedir import StateDir
 from jobrunner.workspace import Workspaces
 
-__all__ = ["DISK", "MEMORY", "check", "defaults", "mounts", "remedy", "root_of", "work_kind"]
+__all__ = ["DISK", "MEMORY", "Looks", "check", "defaults", "mounts", "remedy", "root_of", "work_kind"]
 
+T = TypeVar("T")
 VOLUMES = "/volumes"
 DISK, MEMORY = "disk", "memory"
 
@@ -72,14 +75,39 @@ def work_kind(limits: Limits, projects: Projects) -> str:
     return MEMORY if limits.work_size is not None and projects.lack else DISK
 
 
-async def mounts(record: JobRecord, config: RunnerConfig, state: StateDir, workspaces: Workspaces) -> list[VolumeMount]:
+class Looks:
+    """Threads that look at directories of the host. Those whose file server is dead are left to themselves, up to a number."""
+
+    def __init__(self, most: int = 64) -> None:
+        self.most = most
+        self._under_way: set[object] = set()
+
+    async def run(self, seconds: float, work: Callable[[], T]) -> T:
+        """Raises TimeoutError after so many seconds, or at once where as many as may be are under way."""
+        look = object()
+
+        def thread() -> T:
+            self._under_way.add(look)
+            try:
+                return work()
+            finally:
+                self._under_way.discard(look)
+
+        if len(self._under_way) >= self.most:
+            raise TimeoutError
+        with anyio.fail_after(seconds):
+            return await anyio.to_thread.run_sync(thread, abandon_on_cancel=True)
+
+
+async def mounts(
+    record: JobRecord, config: RunnerConfig, state: StateDir, workspaces: Workspaces, looks: Looks
+) -> list[VolumeMount]:
     """The job's volumes and its workspace, and its own directory bounded. Raises StartFailed, LimitReached."""
     if not (record.spec.root or record.spec.volumes or record.spec.workspace or _is_bounded(record)):
         return []
-    # A directory may be away for long, or for ever: its thread is left to itself then. And quotas are on disk.
+    # A directory may be away for long, or for ever, and quotas are on disk: so not on the loop.
     try:
-        with anyio.fail_after(config.start_timeout):
-            return await anyio.to_thread.run_sync(_mounts, record, config, state, workspaces, abandon_on_cancel=True)
+        return await looks.run(config.start_timeout, partial(_mounts, record, config, state, workspaces))
     except TimeoutError as exc:
         step, names = ("volume", record.spec.volumes) if record.spec.volumes else ("root", (record.spec.root,))
         raise StartFailed(record.spec.command, step, errno.ETIMEDOUT, " ".join(names)) from exc

@@ -79,6 +79,7 @@ class JobRunner:
         """Of jobs' limits: the configured ones, and what this host adds."""
         keeper, *uids = split(*config.job_uids)
         self.identities = Identities(*uids)
+        self.looks = places.Looks()
         self.workspaces = Workspaces(state, keeper, config.workspace_size)
         self.host = host_facts()
         self.chunks = ChunkCache()
@@ -241,7 +242,7 @@ class JobRunner:
             raise StartFailed(spec.command, "record", exc.errno or 0) from exc
         # From here on a start that is cut short is recovery's: it alone can tell whether the job runs.
         try:
-            mounts = await places.mounts(record, self.config, self.state, self.workspaces)
+            mounts = await places.mounts(record, self.config, self.state, self.workspaces, self.looks)
             started = await sandbox.launch(record, cgroup, self.state.directory(job_id), self.config, self.calls, mounts)
         except (StartFailed, LimitReached):
             await self._undo(record, cgroup)

@@ -62,6 +62,9 @@ async def test_a_start_that_hangs_fails_and_leaves_nothing(tmp_path: Path, dead:
             with fail_after(20), pytest.raises(StartFailed, match="timed out") as caught:
                 await runner.start(JobSpec("true", **fields))
             assert (caught.value.step, caught.value.errno) == (step, errno.ETIMEDOUT)
+        runner.looks.most = 1  # the one that waits still
+        with pytest.raises(StartFailed, match="root: root: Connection timed out"):
+            await runner.start(JobSpec("true", root="root"))
         assert (runner.running, list(runner.state.jobs.iterdir()), list(runner.state.running.iterdir())) == (0, [], [])
         assert runner.cgroups.leftovers() == []
         assert (await (await runner.start(JobSpec("true"))).wait()).status == "completed"

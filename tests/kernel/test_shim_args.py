@@ -51,6 +51,8 @@ BAD_VALUES = [
     ("timeout-ms", "18446744073709551617"),
     ("segment-bytes", "0"),
     ("open-files", "9223372036854775808"),
+    ("processes", "1"),
+    ("user-namespace", "2"),
     ("cwd", "relative"),
     ("cwd", ""),
     ("cgroup2-shim", "relative"),
@@ -99,6 +101,10 @@ def test_a_mandatory_key_that_is_missing_is_named(job: ShimJob, key: str) -> Non
 def test_a_key_that_is_given_twice_is_refused(job: ShimJob, key: str) -> None:
     items = launch_items(job, (key, "1" if key != "dir" else "/"), (key, "1" if key != "dir" else "/"))
     refused(job, items, errno.EINVAL, f"bad value of {key}")
+
+
+def test_a_user_namespace_needs_an_id_to_map(job: ShimJob) -> None:
+    refused(job, launch_items(job, ("user-namespace", "1")), errno.EINVAL, "missing uid")
 
 
 def test_an_unknown_key_is_named_and_no_value_is_ever_told(job: ShimJob) -> None:

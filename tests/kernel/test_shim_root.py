@@ -225,6 +225,7 @@ def test_steps_that_fail_are_told(job: ShimJob, tmp_path: Path) -> None:
         ("idmap", 22, {"show": SHOW, "uid": UID, "gid": UID, "volumes": [VolumeMount("/proc", "/volumes/x", owner=(1, 1))]}),
         ("seccomp", 22, {"seccomp": bytes(8), "protect": ("no-new-privs",)}),
         ("cwd", 2, {"show": SHOW, "cwd": "/home"}),
+        ("userns", 1, {"uid": UID, "gid": UID, "user_namespace": True}),  # a job that would be root of the host
     ]
     for number, (step, error, changes) in enumerate(failing):
         with shim_job(tmp_path / str(number)) as job:

@@ -32,7 +32,7 @@ if os.environ.get("JOBRUNNER_IN_VM") == "1":  # what is of cgroup v2 alone
     TESTS = {"cgroups": [JOBS, FORKS, LIMITS], "memory and pids": TESTS["memory and pids"]}
 CGROUPS: Mapping[str, Callable[[], AbstractContextManager[Delegation]]] = {
     "cgroups": delegated,
-    "memory and pids": partial(delegated, ("memory", "pids")),  # what systemd gives users by default
+    "memory and pids": partial(delegated, ("memory", "pids")),  # what systemd gives users at least
     "nothing": lambda: contextlib.nullcontext(NONE),
 }
 

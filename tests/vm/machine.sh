@@ -33,7 +33,7 @@ trap 'rm -rf "$work"' EXIT
 make_disk() {
     mkdir -p "$work/disk/checkout" "$work/disk/tmp" "$work/disk/modules"
     "$bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation --target "$work/disk/site" "$checkout"
-    cp -a "$checkout"/{tests,packaging,docs,pyproject.toml} "$work/disk/checkout"
+    cp -a "$checkout"/{tests,packaging,pyproject.toml} "$work/disk/checkout"
     find "$work/disk/checkout" -name __pycache__ -prune -exec rm -rf {} +
     # What the tests need of Debian's kernel that is neither built in nor in its initrd: disks that are made of files, quotas, overlays.
     # In the order in which one needs the other.

@@ -20,7 +20,7 @@ LISTEN = f"""
 import socket, os, time
 path = socket.socket(socket.AF_UNIX); path.bind({SOCKET!r}); os.chmod({SOCKET!r}, 0o777); path.listen()
 abstract = socket.socket(socket.AF_UNIX); abstract.bind("\\0hostile"); abstract.listen()
-print("listening", flush=True)
+print(os.getpid(), flush=True)
 time.sleep(600)
 """
 DOCKERS_OWN = "refused: EPERM"
@@ -46,10 +46,9 @@ def cases(record: str, cgroup: str) -> list[Case]:
         Case(("files", "read", "/certs/server.key", "PRIVATE KEY"), "ENOENT"),
         Case(("files", "read", f"{record}/job.json", SECRET), "ENOENT"),
         Case(("files", "list_directory", "/var/lib/jobrunner", "jobs"), "ENOENT"),
-        Case(("files", "open_for_writing", cgroup), "EROFS"),
+        Case(("files", "open_for_writing", cgroup), "EACCES"),
         Case(("files", "make_device", "/tmp"), "EPERM", DOCKERS_OWN),
         Case(("processes", "environment_of", "1"), "EACCES"),
-        Case(("processes", "peek", "1"), "EACCES"),
         Case(("processes", "helper_program", "1"), "EACCES"),
         Case(("processes", "send_signal", "1"), "EPERM"),
         Case(("calls", "mount_tmpfs", "/tmp"), "EPERM"),
@@ -77,11 +76,9 @@ def listener(stack: Stack) -> Iterator[None]:
     command = [stack.docker_command, "exec", stack.container(), "python3", "-c", LISTEN]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "listening\n"
+        pid = int(process.stdout.readline())
         yield
-        stack.inside(
-            "for d in /proc/[0-9]*; do grep -q hostile.sock $d/cmdline && kill ${d#/proc/}; done; rm -f /tmp/hostile.sock; true"
-        )
+        stack.inside(f"kill {pid}; rm {SOCKET}")
 
 
 def test_a_job_gets_nowhere_where_the_containers_root_does(stack: Stack, cli: Cli, listener: None) -> None:

@@ -13,7 +13,10 @@ from pathlib import Path
 from jobrunner.job import Limits
 from jobrunner.linux import kernfs
 
-__all__ = ["Above", "above"]
+__all__ = ["BY_OTHERS", "Above", "above"]
+
+BY_OTHERS = "by a cgroup above them"
+"""How each note ends."""
 
 UNLIMITED = 1 << 62
 """v1 has no word for none: memory.limit_in_bytes is the largest number of pages then."""
@@ -31,12 +34,14 @@ class Above:
         """One sentence for each of a job's limits that is out of reach."""
         wanted = ((name, getattr(limits, name), getattr(self, name)) for name in ("cpus", "memory", "pids"))
         return [
-            f"{name}: {value:g} were asked for, and all jobs together have {least:g}, by a cgroup above them"
-            if name == "cpus"
-            else f"{name}: {value} were asked for, and all jobs together have {least:.0f}, by a cgroup above them"
+            f"{name}: {_text(value)} were asked for, and all jobs together have {_text(least)}, {BY_OTHERS}"
             for name, value, least in wanted
             if value is not None and value > least
         ]
+
+
+def _text(number: float) -> str:
+    return str(int(number)) if number == int(number) else f"{number:g}"
 
 
 def above(directories: dict[str, Path]) -> Above:

@@ -11,6 +11,7 @@ from pathlib import Path
 from jobrunner.errors import HostError
 from jobrunner.job import Limits
 from jobrunner.linux import disk, kernfs
+from jobrunner.linux.above import BY_OTHERS
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
 from jobrunner.linux.cgroup_none import NoCgroupHost
 from jobrunner.linux.cgroup_v1 import BUFFERED
@@ -44,6 +45,9 @@ _V2_CONTROLLER = (
 )
 _UNIFIED = "Linux 5.14 or later; beside v1: mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified"
 _SWAP = "boot with swapaccount=1, or swapoff -a"
+_ABOVE = (
+    "a larger limit there (docker: --cpus, --memory, --pids-limit, systemd: CPUQuota=, MemoryMax=, TasksMax=), or smaller defaults"
+)
 _DISK = "put state_dir on a file system with a disk of its own (ext4, xfs), or name the limit in allow_missing"
 _OTHER_DISK = "let jobs write where state_dir is, whose disk is limited (docker: --read-only; compose: read_only: true)"
 
@@ -124,9 +128,18 @@ def _partly(title: str, controller: str, cgroup: JobCgroup, disks: list[disk.Dis
     """What the cgroup itself says that it does not hold."""
     if not cgroup.missing:
         return None
-    io = _OTHER_DISK if disks[0].device else _DISK  # the first is the state directory's
-    remedies = dict.fromkeys(_V2 if what == BUFFERED else _SWAP if controller == "memory" else io for what in cgroup.missing)
+    remedies = dict.fromkeys(_remedy(what, controller, disks) for what in cgroup.missing)
     return Finding(Level.LIMITED, title, "; ".join(cgroup.missing), "; ".join(remedies))
+
+
+def _remedy(what: str, controller: str, disks: list[disk.Disk]) -> str:
+    if what.endswith(BY_OTHERS):
+        return _ABOVE
+    if what == BUFFERED:
+        return _V2
+    if controller == "memory":
+        return _SWAP
+    return _OTHER_DISK if disks[0].device else _DISK  # the first is the state directory's
 
 
 def _kill(host: CgroupHost) -> Iterator[Finding]:

@@ -271,15 +271,22 @@ def test_a_bound_on_processes_is_told(tmp_path: Path) -> None:
     parent = Path("/sys/fs/cgroup/pids" if ON_V1 else "/sys/fs/cgroup") / f"jobrunner-test-{os.getpid()}"
     parent.mkdir()
     try:
-        (parent / "pids.max").write_text("900")
+        (parent / "pids.max").write_text("400")
         script = f"echo 0 > {parent}/cgroup.procs && exec {JOBRUNNERD} check --json"
         done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False, timeout=60)
     finally:
         for directory, _, _ in os.walk(parent, topdown=False):
             Path(directory).rmdir()
-    found = {finding["name"]: finding for finding in json.loads(done.stdout)}["processes"]
-    assert (found["level"], found["what"].partition(",")[0]) == ("limited", "this cgroup allows 900")
+    all_found = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    found = all_found["processes"]
+    assert (found["level"], found["what"].partition(",")[0]) == ("limited", "this cgroup allows 400")
     assert "--pids-limit -1" in found["remedy"]
+    of_a_job = all_found["cgroup pids"]
+    assert (of_a_job["level"], of_a_job["what"]) == (
+        "limited",
+        "pids: 512 were asked for, and all jobs together have 400, by a cgroup above them",
+    )
+    assert "TasksMax=" in of_a_job["remedy"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
-from jobrunner.errors import InvalidRequest, StopFailed
+from jobrunner.errors import HostError, InvalidRequest, StopFailed
 from jobrunner.job import Ending, Job, JobInfo, JobStatus, Stream, Usage, signal_number
 from jobrunner.log import Log, LogReader
 from jobrunner.output import Selection
@@ -74,10 +74,14 @@ class RunnerJob:
         return self._log.is_read
 
     def info(self) -> JobInfo:
-        """Everything known of the job now."""
+        """Everything known of the job now. HostError if its log cannot be read."""
         usage = Usage() if self._job.ending or self.cgroup is None else self.cgroup.usage()
         # Of a running job these files are being written, so they are in memory; of an ended one they may not be.
-        return self._job.info(usage, *(self._final_bounds or self._log.bounds()))
+        try:
+            bounds = self._final_bounds or self._log.bounds()
+        except OSError as exc:
+            raise HostError(f"cannot read log of job {self.job_id}: {exc.strerror}") from exc
+        return self._job.info(usage, *bounds)
 
     async def wait(self) -> JobInfo:
         """Wait until the job has ended and all of it is gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import anyio
 import pytest
 
 from jobrunner.config import RunnerConfig
-from jobrunner.errors import InvalidRequest, StartFailed
+from jobrunner.errors import HostError, InvalidRequest, StartFailed
 from jobrunner.job import Limits, Stream
 from jobrunner.output import Chunk
 from jobrunner.runner import JobRunner
@@ -124,6 +125,30 @@ def shims(directory: Path) -> list[int]:
         except OSError:
             continue
     return found
+
+
+async def test_a_server_that_can_open_no_file_tells_no_end_that_it_could_not_read(private_server: ServerProcess) -> None:
+    pid = private_server.process.pid
+    async with private_server.client() as client:
+        job = await client.start("sh", "-c", "mkfifo go; read _ <go; exit 3")
+        go = private_server.state / "jobs" / job.job_id / "work" / "go"
+        with fail_after(10):
+            while not go.exists():  # noqa: ASYNC110 - a job tells nobody what it makes
+                await anyio.sleep(0.01)
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            await anyio.to_thread.run_sync(go.write_text, "go\n")
+            with fail_after(10):
+                while f"cannot read how job {job.job_id} ended".encode() not in private_server.log:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+            with pytest.raises(HostError, match=f"cannot read log of job {job.job_id}: Too many open files"):
+                await job.info()
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        with fail_after(10):
+            info = await job.wait()
+    assert (info.end_reason, info.exit_code) == ("exited", 3)
 
 
 def test_a_second_server_is_refused_until_the_first_is_killed(private_server: ServerProcess, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from jobrunner.errors import HostError
@@ -140,17 +139,18 @@ def _probes(shim: Path, rights: str) -> Iterator[Finding]:
         elif match[2] is None:
             yield Finding(Level.OK, title, _WORKS.get(name, "can be made"))
         else:
-            error = int(match[3])
-            found = Finding(Level.MISSING, title, _what(match), _remedy(match[2], error, name))
-            # ENOSYS: Docker's own filter says that of clone3 without CAP_SYS_ADMIN, and lets it pass with it.
-            yield replace(found, remedy=rights) if rights and error in (errno.EPERM, errno.ENOSYS) else found
-    yield _pivot(tried.get("pivot"))
+            yield Finding(Level.MISSING, title, _what(match), _remedy(match, name, rights))
+    yield _pivot(tried.get("pivot"), rights)
     yield _keyring(tried.get("keyring"))
     if is_root():
-        yield _user_namespaces(tried.get("user"))
+        yield _user_namespaces(tried.get("user"), rights)
 
 
-def _remedy(step: str, error: int, name: str) -> str:
+def _remedy(tried: re.Match[str], name: str, rights: str) -> str:
+    step, error = tried[2], int(tried[3])
+    # ENOSYS: Docker's own filter says that of clone3 without CAP_SYS_ADMIN, and lets it pass with it.
+    if rights and error in (errno.EPERM, errno.ENOSYS):
+        return rights
     in_user_namespace = name == "user" or not is_root()
     return (check_user.remedy(step, error) if in_user_namespace else "") or of_step(step, error, name)
 
@@ -161,20 +161,18 @@ def _what(match: re.Match[str]) -> str:
     return ": ".join(part for part in (match[2], match[4], os.strerror(error) if error else "") if part)
 
 
-def _pivot(tried: re.Match[str] | None) -> Finding:
+def _pivot(tried: re.Match[str] | None, rights: str) -> Finding:
     """pivot_root(2): without it the host's root stays mounted below the job's (shim/root.c, enter_root)."""
     if tried is None or tried[2] is None:
         return Finding(Level.OK, "pivot_root", "works")
+    if tried[2] != "pivot":
+        return Finding(Level.LIMITED, "pivot_root", f"could not be tried: {_what(tried)}", _remedy(tried, "mount", rights))
     what = f"{_what(tried)}: a job's root is entered by chroot, and the one before stays mounted below it, out of its reach"
-    if int(tried[3]) == errno.EINVAL:  # pivot_root(2): the current root is the kernel's first file system
-        return Finding(
-            Level.LIMITED, "pivot_root", what, "run jobrunnerd where the root is no initramfs (switch_root, or unshare -m)"
-        )
-    remedy = (
-        "docker, podman: --security-opt seccomp=PROFILE, Docker's own profile with pivot_root allowed, or seccomp=unconfined; it "
-        "may as well stay so: no job has CAP_SYS_CHROOT"
-    )
-    return Finding(Level.LIMITED, "pivot_root", what, remedy)
+    if int(tried[3]) == errno.EINVAL:
+        remedy = "a root that is not the kernel's first file system: switch_root(8)"
+    else:
+        remedy = "docker, podman: --security-opt seccomp=PROFILE, Docker's own and pivot_root allowed, or seccomp=unconfined"
+    return Finding(Level.LIMITED, "pivot_root", what, f"{remedy}; it may as well stay so, because no job has CAP_SYS_CHROOT")
 
 
 def _keyring(tried: re.Match[str] | None) -> Finding:
@@ -187,9 +185,9 @@ def _keyring(tried: re.Match[str] | None) -> Finding:
     return Finding(Level.MISSING, "keyring", _what(tried), of_step(tried[2], error))
 
 
-def _user_namespaces(tried: re.Match[str] | None) -> Finding:
+def _user_namespaces(tried: re.Match[str] | None, rights: str) -> Finding:
     """user_namespaces(7): for root what ids are mapped by, for volumes and workspaces whose files are another's."""
     if tried is None or tried[2] is None:
         return Finding(Level.OK, "user namespaces", "can be made, for volumes and workspaces whose files are another's")
     what = f"{_what(tried)}: no volume or workspace whose files are another's can be given to jobs"
-    return Finding(Level.LIMITED, "user namespaces", what, _remedy(tried[2], int(tried[3]), "user"))
+    return Finding(Level.LIMITED, "user namespaces", what, _remedy(tried, "user", rights))

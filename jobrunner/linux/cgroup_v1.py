@@ -41,16 +41,24 @@ BUFFERED = "disk writes: cgroup v1 limits direct and synced writes only, buffere
 SWAP = "memory: swap is not limited, the kernel does not account it (boot with swapaccount=1)"
 
 
+THROTTLES = ("read_bps", "write_bps", "read_iops", "write_iops")
+
+
 class CgroupV1:
     """One job's directories, by controller; two that share a hierarchy have the same."""
 
     def __init__(
-        self, directories: Mapping[str, Path], files: Collection[str], missing: tuple[str, ...] = (), cpuset: Path | None = None
+        self,
+        directories: Mapping[str, Path],
+        files: Collection[str],
+        missing: tuple[str, ...] = (),
+        cpuset: Path | None = None,
+        throttles: Collection[str] = THROTTLES,
     ) -> None:
         self.missing = missing
         self._directories = directories
         self._cpuset = cpuset
-        self._throttles = [directories["blkio"] / f"blkio.throttle.{name}_device" for name in _THROTTLES if "blkio" in directories]
+        self._throttles = [directories["blkio"] / f"blkio.throttle.{name}_device" for name in throttles if "blkio" in directories]
         self._counters = _counters(directories, files)
 
     def __repr__(self) -> str:
@@ -111,7 +119,6 @@ class CgroupV1:
         return await kernfs.remove_soon(self.remove, timeout)
 
 
-_THROTTLES = ("read_bps", "write_bps", "read_iops", "write_iops")
 _NOW = (("memory", "memory", "memory.usage_in_bytes"), ("pids", "pids", "pids.current"))
 
 
@@ -228,7 +235,8 @@ class CgroupV1Host:
             self._limit_pids(directories, limits, outcome)
             _limit_disks(directories.get("blkio"), self._lacks("blkio"), limits, disks, outcome)
             outcome.missing += self._above.notes(limits)
-            return CgroupV1(directories, self._files, tuple(outcome.missing), self._cpuset)
+            throttles = [name for name in THROTTLES if getattr(limits, name) is not None]
+            return CgroupV1(directories, self._files, tuple(outcome.missing), self._cpuset, throttles)
         except BaseException:
             kernfs.remove(made)
             raise
@@ -304,7 +312,7 @@ class CgroupV1Host:
 
 
 def _limit_disks(directory: Path | None, lacks: str, limits: Limits, disks: Sequence[Disk], outcome: Outcome) -> None:
-    wanted = {name: getattr(limits, name) for name in ("read_bps", "write_bps", "read_iops", "write_iops")}
+    wanted = {name: getattr(limits, name) for name in THROTTLES}
     devices = [disk.device for disk in disks if disk.device]
     applied = set()
     for name, value in wanted.items():

@@ -19,7 +19,7 @@ import pytest
 import pytest_asyncio
 
 from jobrunner.sandbox import SHOW
-from tests.hostile.arena import Arena, open_arena, series, series_told
+from tests.hostile.arena import Arena, open_arena, outside, series, series_told
 from tests.hostile.inside.base import LIBC, check
 from tests.support.runner import output
 from tests.support.timing import at_most, fail_after
@@ -119,7 +119,9 @@ async def test_all_of_them_in_one_job(arena: Arena) -> None:
     assert {case: said.partition(": ")[0] for case, said in (await at_once(arena, CASES)).items()} == dict.fromkeys(
         map(str, CASES), "refused"
     )
-    by_rights = [case for case in CASES if set(case.stopped_by) <= set(RIGHTS) and "forge_end" not in case.attack]
+    # One ends the job; a kernel may have no vsock.
+    left_out = {"forge_end"} if outside("calls", "open_socket", "AF_VSOCK").startswith("succeeded") else {"forge_end", "AF_VSOCK"}
+    by_rights = [case for case in CASES if set(case.stopped_by) <= set(RIGHTS) and left_out.isdisjoint(case.attack)]
     assert len(by_rights) > 25
     missed = {
         case: said for case, said in (await at_once(arena, by_rights, without=RIGHTS)).items() if not said.startswith("succeeded")

@@ -278,7 +278,8 @@ class CgroupV1Host:
             return
         # What a JVM, Node or Go goes by is read in the cgroup that it is in. What is left over may be used up later, as much as a
         # period has: so it never holds the job back before the limit itself does, which counts how long it did (Linux 5.14).
-        for file, text in (("cfs_period_us", str(period)), ("cfs_quota_us", quota), ("cfs_burst_us", quota)):
+        files = {"cfs_period_us": str(period)} if period != PERIOD else {}  # each write is a walk over all cgroups
+        for file, text in (files | {"cfs_quota_us": quota, "cfs_burst_us": quota}).items():
             write_if_there(directory / JOB / f"cpu.{file}", text)
 
     def _limit_memory(self, directories: Mapping[str, Path], limits: Limits, outcome: Outcome) -> None:

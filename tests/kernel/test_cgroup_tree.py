@@ -56,6 +56,9 @@ async def test_the_limits_are_in_the_kernel_as_asked(host: CgroupHost) -> None:
     for controller, values in files.items():
         for file, value in values.items():
             assert Path(cgroup.paths[controller], file).read_text().strip() == value
+    # To be read there, and with a burst, so that it never holds the job back before the limit above it does.
+    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.cfs_burst_us")
+    assert [Path(cgroup.paths["cpu"], "job", name).read_text().strip() for name in names] == ["150000", "100000", "150000"]
     assert cgroup.remove()
 
 

@@ -95,8 +95,9 @@ def test_the_settings_examples_are_accepted(tmp_path: Path) -> None:
         file = tmp_path / "jobrunner.toml"
         file.write_text(block)
         examples.append(load(file, {}, given))
-    settings, offering = examples
+    settings, offering, users = examples
     assert (set(offering.runner.offers.volumes), set(offering.runner.offers.roots)) == ({"sources", "cache"}, {"alpine"})
+    assert set(users.runner.offers.users) == {"ci", "release"}
     assert (settings.listen, settings.viewer_output) == ("0.0.0.0:7443", False)
     assert (settings.runner.defaults.memory, settings.runner.ceilings.memory) == (512 << 20, 8 << 30)
 

@@ -51,6 +51,8 @@ ENDLESS = frozenset({"SubscribeOutput", "Wait", "ServerReflectionInfo"})
 HEALTH = "/grpc.health."
 ACCEPTS, BACKLOG = 16, 1024
 """Connections accepted at once: far fewer than handshakes may be pending, so that who speaks is heard before it has to give way."""
+SILENT = 1
+"""Seconds that a connection has to say something before it is accepted all the same, and its handshake is timed (tcp(7))."""
 MIN_FRAMES, FRAMES_PER_CALL, FRAMES_BURST = 1000.0, 8, 3.0
 """Small frames of HTTP/2 in a second, and for each call that a user may make: headers, message, reset, what the answer needs.
 
@@ -235,10 +237,14 @@ class JobServer(Server):
 
 
 def _wait_in_the_kernel(sockets: Collection[socket.socket]) -> None:
-    """asyncio's one `backlog` is how many connections the kernel keeps, and also how many are accepted before anyone is heard."""
+    """asyncio's one `backlog` is how many connections the kernel keeps, and also how many are accepted before anyone is heard.
+
+    And a client speaks first in TLS: those that say nothing are the kernel's as well, for a while.
+    """
     for listening in sockets:
         with socket.socket(fileno=os.dup(listening.fileno())) as same:
             same.listen(BACKLOG)  # again, which changes the number (listen(2))
+            same.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, SILENT)
 
 
 def _bound_address(sockets: Collection[socket.socket], host: str) -> str:

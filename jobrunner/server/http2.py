@@ -77,6 +77,16 @@ class Shared:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when one of them has left, and when a call is over."""
 
+    def began(self, user: str) -> None:
+        """A call has."""
+        self.calls[user] += 1
+
+    def over(self, user: str) -> None:
+        """A call is; who has none is forgotten."""
+        self.calls[user] -= 1
+        if not self.calls[user]:
+            del self.calls[user]
+
 
 class ServerPeer(Peer):
     """Who is at the other end of a connection, and the connection itself: what a call's hooks are given."""
@@ -265,16 +275,16 @@ class ServerProtocol(H2Protocol):
         if stream.refusal is not None:
             account.refused(self.who(), stream.refusal.bound, stream.refusal.reason)
         release_stream = self.processor.register(stream)
-        self.shared.calls[self.user] += 1
-        released = False
+        self.shared.began(self.user)
+        counted = True
 
         def release() -> None:
-            nonlocal released
+            nonlocal counted
             if stream.id in self.processor.streams:
                 release_stream()
-            if not released:
-                self.shared.calls -= Counter((self.user,))  # which forgets who has none
-                released = True
+            if counted:
+                self.shared.over(self.user)
+                counted = False
             self.shared.changed.set()
 
         self.handler.accept(stream, headers, release)

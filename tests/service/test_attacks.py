@@ -96,7 +96,7 @@ async def test_handshakes_that_stall(target: ServerProcess, innocent: Innocent) 
 
     async with attacked(target, innocent) as figures:
         await waves(400 * FACTOR, 200, stall)
-    assert figures.grown < ALLOWANCE
+    assert figures.grown < 2 * ALLOWANCE  # as many
 
 
 async def test_handshakes_of_strangers(target: ServerProcess, innocent: Innocent) -> None:

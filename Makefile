@@ -52,7 +52,7 @@ format: venv ## put the sources into the one format
 test: venv ## every test but the benchmarks; in CI a skip is a failure
 	JOBRUNNER_MUST_RUN=$(if $(filter true,$(CI)),1) $(BIN)/pytest $(TESTS)
 
-test-vm: venv ## cgroup v2 and the systemd units, in a virtual machine; needs root, qemu, debootstrap and Debian's kernel
+test-vm: venv ## cgroup v2, the systemd units and power losses, in a virtual machine; needs root, qemu, debootstrap and Debian's kernel
 	tests/vm/run.sh $(BIN) $(TESTS)
 	$(if $(TESTS),,tests/vm/power.sh $(BIN))
 

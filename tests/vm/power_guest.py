@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import termios
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -133,6 +134,7 @@ async def main() -> None:
 
     def tell(text: str) -> None:
         os.write(line, f"{text}\n".encode())
+        termios.tcdrain(line)  # it is on the host before anything else is done
 
     files = server.files()
     async with JobClient(server.address, **files, timeout=300) as client:  # type: ignore[arg-type]

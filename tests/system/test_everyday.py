@@ -126,6 +126,25 @@ async def test_a_build_in_c(tmp_path: Path) -> None:
     assert await ran(tmp_path, script) == "built\n"
 
 
+INSTALLS = r"""
+printf '#include <stdio.h>\nint main(void) { puts("mine"); return 0; }\n' >mine.c; cc -o mine mine.c
+install -m 755 mine /usr/bin/mine; mine; install -m 755 mine /usr/bin/env; env; cp -f mine /usr/bin/sort; sort
+mkdir -p p/DEBIAN p/usr/share/p; echo packed >p/usr/share/p/file
+printf 'Package: p\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b>\nDescription: p\n' >p/DEBIAN/control
+dpkg-deb -b p p.deb >/dev/null; mkdir -p /var/lib/dpkg/updates /var/lib/dpkg/info /var/lib/dpkg/triggers /var/log
+touch /var/lib/dpkg/status; dpkg --force-not-root,bad-path -i p.deb >/dev/null; cat /usr/share/p/file; dpkg-query -W p
+echo x = 5 >/usr/lib/python3/dist-packages/mine.py; /usr/bin/python3 -c 'import mine; print(mine.x)'
+ldconfig; tar -C /usr -cf t.tar share/common-licenses; tar -C /usr -xf t.tar; sed -i s/root/toor/ /etc/group
+echo 127.0.0.1 here >>/etc/hosts; grep -c here /etc/hosts
+"""
+
+
+@pytest.mark.requires("command:cc", "command:dpkg", "command:python3")
+async def test_what_installs_programs_does_so_in_a_root_that_can_be_written_to(tmp_path: Path) -> None:
+    said = await ran(tmp_path, INSTALLS, writable=True)
+    assert said.split() == ["mine", "mine", "mine", "packed", "p", "1", "5", "1"]
+
+
 @pytest.mark.requires("command:script")
 async def test_a_shell_with_job_control_on_a_terminal(tmp_path: Path) -> None:
     inner = "sleep 0.2 & jobs; fg; echo code $?"

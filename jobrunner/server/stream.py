@@ -30,6 +30,8 @@ __all__ = ["Bounds", "ServerStream"]
 
 MAX_AT_ONCE = 128 * 1024
 """Bytes of a message that may be written at once: a log's chunks. Longer ones wait for the peer between their frames."""
+AT_ONCE = 64 * 1024
+"""Bytes in one write: TLS keeps a buffer for each connection that is as long as the longest was."""
 PUSHBACK = "grpc-retry-pushback-ms"
 """Other gRPC clients know it: https://github.com/grpc/proposal/blob/master/A6-client-retries.md#pushback"""
 
@@ -153,15 +155,16 @@ class ServerStream(Stream):
         return min(self._h2_connection.local_flow_control_window(self.id), MAX_AT_ONCE)
 
     def _send_at_once(self, data: bytes) -> None:
-        """All of its frames in one write, and no timer for what waits for nobody."""
+        """All of its frames, in few writes, and no timer for what waits for nobody."""
         assert self.id is not None
         h2, size = cast("Http2", self._h2_connection), len(data)
-        most = h2.max_outbound_frame_size
-        parts: list[bytes | memoryview] = [h2.data_to_send()]
-        for at in range(0, size, most):
-            part = memoryview(data)[at : at + most]
-            parts += (h2.data_head(self.id, len(part)), part)
-        self._transport.write(b"".join(parts))
+        for begin in range(0, size, AT_ONCE):
+            parts: list[bytes | memoryview] = [h2.data_to_send()]
+            end = min(begin + AT_ONCE, size)
+            for at in range(begin, end, h2.max_outbound_frame_size):
+                part = memoryview(data)[at : min(at + h2.max_outbound_frame_size, end)]
+                parts += (h2.data_head(self.id, len(part)), part)
+            self._transport.write(b"".join(parts))
         self.data_sent += size
         self.connection.data_sent += size
         self.connection.data_send_process()

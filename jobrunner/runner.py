@@ -175,12 +175,12 @@ class JobRunner:
         removed, for 24 hours. Raises InvalidRequest, LimitReached, RequestConflict, and StartFailed with the step and the reason;
         then nothing is left of it.
         """
-        key = request_key(user, spec.request_id) if spec.request_id else b""
+        key, mark = request_key(user, spec.request_id) if spec.request_id else b"", fingerprint(spec)
         if key and self.catalog.requests.find(key) is None:
             await self.loaded()
         claim = self.catalog.requests.find(key) if key else None
         if claim is not None:
-            if claim.fingerprint.hex() != fingerprint(spec)[:32]:
+            if claim.fingerprint.hex() != mark[:32]:
                 raise RequestConflict(spec.request_id)
             if isinstance(claim.job, str):
                 return await self.catalog.started(spec.request_id, claim.job)
@@ -188,10 +188,10 @@ class JobRunner:
         limits = self._check(spec, user)
         # Order: in the same step as the check, or starts at once would pass the bounds together.
         self._starting[user] += 1
-        starting = self._spawn(self._start(spec, limits, user))
+        starting = self._spawn(self._start(spec, mark, limits, user))
         starting.add_done_callback(lambda _: self._start_is_over(user))
         if key:
-            self.catalog.requests.begin(key, fingerprint(spec), starting)
+            self.catalog.requests.begin(key, mark, starting)
         return await asyncio.shield(starting)
 
     async def remove(self, job_id: str) -> None:
@@ -220,7 +220,7 @@ class JobRunner:
             raise LimitReached("start job", "max_running_per_user", f'{most} jobs of user "{user}" are running; stop one')
         return limits
 
-    async def _start(self, spec: JobSpec, limits: Limits, user: str) -> RunnerJob:
+    async def _start(self, spec: JobSpec, mark: str, limits: Limits, user: str) -> RunnerJob:
         job_id = self._new_id()
         own = self.config.offers.users[spec.user].id if spec.user else None
         uid = self.identities.take() if own is None else own.uid
@@ -234,7 +234,7 @@ class JobRunner:
             raise
         created, node = time.time(), self.config.node
         missing, work = (*cgroup.missing, *identity()), places.work_kind(limits, self.state.projects)
-        record = JobRecord(job_id, spec, limits, user, node, created, fingerprint(spec), cgroup.paths, missing, uid, gid, work)
+        record = JobRecord(job_id, spec, limits, user, node, created, mark, cgroup.paths, missing, uid, gid, work)
         try:
             await anyio.to_thread.run_sync(self.state.create, record)
         except OSError as exc:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,8 @@ class CgroupMount:
         return self.point if below == "." or below.startswith("..") else f"{self.point}/{below}"
 
 
-def parse_mountinfo(raw: bytes) -> list[Mount]:
+@functools.lru_cache(maxsize=2)  # asked at each start, and hardly ever another
+def parse_mountinfo(raw: bytes) -> tuple[Mount, ...]:
     """The mounts, in order; lines that are none are skipped."""
     mounts = []
     for line in raw.splitlines():
@@ -65,19 +67,19 @@ def parse_mountinfo(raw: bytes) -> list[Mount]:
         if separator and len(fields) >= 6 and len(tail) >= 3:
             root, point, fstype, source = (_text(field) for field in (fields[3], fields[4], tail[0], tail[1]))
             mounts.append(Mount(root, point, fstype, source, tuple(_text(tail[2]).split(","))))
-    return mounts
+    return tuple(mounts)
 
 
 def _text(field: bytes) -> str:
     return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field))
 
 
-def read_mountinfo() -> list[Mount]:
+def read_mountinfo() -> Sequence[Mount]:
     """The mounts of this process."""
     return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
 
 
-def mount_of(path: str, mounts: list[Mount]) -> Mount | None:
+def mount_of(path: str, mounts: Sequence[Mount]) -> Mount | None:
     """The mount that a path without symbolic links is on."""
     best: Mount | None = None
     for mount in mounts:
@@ -87,7 +89,7 @@ def mount_of(path: str, mounts: list[Mount]) -> Mount | None:
     return best
 
 
-def cgroup_mounts(mounts: list[Mount] | None = None) -> dict[str, CgroupMount]:
+def cgroup_mounts(mounts: Sequence[Mount] | None = None) -> dict[str, CgroupMount]:
     """Cgroup hierarchies by controller, `name=...` for a named one, "" for v2. The first mount of each counts.
 
     Of this process's mounts those that can be seen: another one over /sys, say, hides them, and is no place to make cgroups in.

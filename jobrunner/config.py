@@ -81,6 +81,8 @@ class RunnerConfig:
     """Root file systems, volumes and users that a job may ask for."""
     workspaces: bool = False
     """Whether a job may ask for a directory that is kept for its user's next one."""
+    workspaces_per_user: int = 100
+    """How many of them a user may have."""
     workspace_size: int | None = None
     """Bytes that each of them may take: with project quotas alone. None: as large as the disk."""
     work_quota: int | None = 10 << 30
@@ -184,6 +186,7 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "segment_bytes": checked.between(checked.size, 4096, 1 << 40),
     "on_write_error": checked.word(*ON_WRITE_ERROR),
     "workspaces": checked.flag,
+    "workspaces_per_user": checked.between(checked.whole, 1, 1_000_000),
     "workspace_size": checked.or_none(checked.between(checked.size, MIN_DIRECTORY, 1 << 62)),
     "work_quota": checked.or_none(checked.between(checked.size, MIN_DIRECTORY, 1 << 62)),
     "project_ids": checked.id_range,

@@ -80,7 +80,7 @@ class JobRunner:
         keeper, *uids = split(*config.job_uids)
         self.identities = Identities(*uids)
         self.looks = places.Looks()
-        self.workspaces = Workspaces(state, keeper, config.workspace_size)
+        self.workspaces = Workspaces(state, keeper, config.workspaces_per_user, config.workspace_size)
         self.host = host_facts()
         self.chunks = ChunkCache()
         self.catalog = Catalog(self)

@@ -10,11 +10,12 @@ Who has one is not on disk: it is the running job whose record asks for it, so a
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from jobrunner.errors import InvalidRequest, StartFailed
+from jobrunner.errors import InvalidRequest, LimitReached, StartFailed
 from jobrunner.job import Workspace
 from jobrunner.linux.tree import tree_size
 from jobrunner.linux.user import give
@@ -37,12 +38,14 @@ Key = tuple[str, str]
 class Workspaces:
     """Those of one state directory. What looks at the disk is not for the event loop; `hold`, `release` and `holder` are."""
 
-    def __init__(self, state: StateDir, owner: int, size: int | None = None) -> None:
-        """`owner` is whose the files are on disk, `size` what each may take of it, in bytes: with project quotas alone."""
+    def __init__(self, state: StateDir, owner: int, most: int, size: int | None) -> None:
+        """`owner` is whose the files are on disk, `most` how many a user may have, `size` what each may take, in bytes."""
         self.path = state.path / "workspaces"
         self._state = state
         self._owner = owner
+        self._most = most
         self._size = size
+        self._making = threading.Lock()
         self._held: dict[Key, str] = {}
 
     def __repr__(self) -> str:
@@ -80,8 +83,12 @@ class Workspaces:
     def _prepare(self, record: JobRecord) -> VolumeMount:
         place = self._place(record.user, record.spec.workspace)
         files = place / "files"
-        for directory in (self.path, place.parent, place):
-            directory.mkdir(mode=0o700, exist_ok=True)
+        with self._making:  # those of starts at once are counted too
+            if not place.is_dir() and len(_names(place.parent)) >= self._most:
+                what = f'user "{record.user}" has {self._most} workspaces; remove one'
+                raise LimitReached("start job", "workspaces_per_user", what)
+            for directory in (self.path, place.parent, place):
+                directory.mkdir(mode=0o700, exist_ok=True)
         if not files.is_dir():
             # Order: it is there with its owner or not at all, or a crash would leave one of root's.
             made = place / ".new"

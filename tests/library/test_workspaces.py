@@ -10,7 +10,7 @@ import pytest
 
 from jobrunner import JobSpec
 from jobrunner.config import RunnerConfig
-from jobrunner.errors import InvalidRequest, StartFailed
+from jobrunner.errors import InvalidRequest, LimitReached, StartFailed
 from jobrunner.runner import JobRunner
 from tests.support.runner import open_runner, output, run_output, shell
 from tests.support.timing import fail_after
@@ -93,6 +93,23 @@ async def test_a_workspace_tells_its_size_and_last_use_and_can_be_removed(tmp_pa
         with pytest.raises(InvalidRequest, match="'build' is no workspace of this user"):
             await runner.remove_workspace("ann", "build")
     assert list((tmp_path / "state" / "workspaces" / "ann").iterdir()) == []
+
+
+async def test_a_user_has_a_bounded_number_of_them_also_of_those_made_at_once(tmp_path: Path) -> None:
+    async with open_runner(tmp_path, workspaces=True, workspaces_per_user=2) as runner:
+        specs = [JobSpec("true", workspace=f"w{number}") for number in range(6)]
+        results = await asyncio.gather(*(runner.start(spec, user="ann") for spec in specs), return_exceptions=True)
+        refused = [result for result in results if isinstance(result, LimitReached)]
+        assert [one.bound for one in refused] == ["workspaces_per_user"] * 4
+        assert 'user "ann" has 2 workspaces; remove one' in refused[0].message
+        await runner.drain()
+        made = sorted(one.name for one in await runner.list_workspaces())
+        assert len(made) == 2
+    async with open_runner(tmp_path, workspaces=True, workspaces_per_user=2) as runner:
+        await (await runner.start(JobSpec("true", workspace=made[0]), user="ann")).wait()
+        await (await runner.start(JobSpec("true", workspace="w9"), user="bob")).wait()
+        await runner.remove_workspace("ann", made[1])
+        await (await runner.start(JobSpec("true", workspace="w9"), user="ann")).wait()
 
 
 @pytest.mark.parametrize("name", ["..", "../ann/build", "", "a/b", "\0"])

@@ -33,7 +33,7 @@ class Entry:
     status: JobStatus = JobStatus.RUNNING
     ended: float = 0.0
     size: int = 0
-    """Bytes of an ended job's log."""
+    """Bytes of an ended job's log, and of its work directory where project quotas count them."""
 
     def may_have(self, labels: Mapping[str, str]) -> bool:
         """False if it certainly lacks one of these labels."""
@@ -55,7 +55,7 @@ class Jobs:
         self._by_created: list[Position] = []
         self._by_end: list[Position] = []
         self.size = 0
-        """Bytes of the logs of all that have ended."""
+        """The same of all that have ended."""
         self.by_status: Counter[JobStatus] = Counter(dict.fromkeys(JobStatus, 0))
         """How many there are of each."""
 

@@ -107,7 +107,7 @@ class Left:
     stopped_by: str
     bounds: tuple[int, int]
     size: int = 0
-    """Bytes of its log on disk."""
+    """Bytes of its log, and of its work directory where project quotas count them."""
 
     def ending(self) -> Ending:
         return ending_of(self.exit_record, self.found, self.stopped_by)

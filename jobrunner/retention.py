@@ -1,4 +1,4 @@
-"""How long ended jobs are kept: by count, by age, by bytes of their logs; the oldest goes first, and none that is being read.
+"""How long ended jobs are kept: by count, by age, by bytes on disk; the oldest goes first, and none that is being read.
 
 One task, beside everything else: it is woken by each end, and looks at the clock once in a while for the age.
 """

@@ -68,7 +68,7 @@ static int copy_file(int lower, int upper, const char *name, const struct plan *
 	int from = open_here(lower, name, 0), to = -1, result = -1;
 	if (from < 0)
 		return is_passed_over(errno) ? 0 : -1;
-	if (fstat(from, &st) == 0 && !(S_ISREG(st.st_mode) && st.st_mode & S_IROTH && st.st_size <= MAX_COPY)) {
+	if (fstat(from, &st) != 0 || !S_ISREG(st.st_mode) || !(st.st_mode & S_IROTH) || st.st_size > MAX_COPY) {
 		close(from);
 		return 0;
 	}
@@ -99,7 +99,7 @@ static int fill_below(int lower, int upper, const char *name, bool files, int de
 	}
 	if (mkdirat(upper, name, (st.st_mode & 0777) | S_IRWXU) == 0)
 		own = openat(upper, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-	/* Order: the time last, which is that of the last entry. Caches of fonts, say, go by it. Two links are a directory without others. */
+	/* Order: its time last, or it would be that of its last entry; caches of fonts go by it. Two links: no directory is in it. */
 	const struct timespec times[2] = {st.st_atim, st.st_mtim};
 	if (own >= 0 && give_open(own, plan) == 0 &&
 	    ((st.st_nlink == 2 && !files) || fill_layer(below, own, files, depth + 1, plan) == 0))
@@ -143,8 +143,8 @@ static int mount_overlay(int lower, int upper, int work, const struct plan *plan
 	const int fds[3] = {lower, upper, work};
 	for (int i = 0; i < 3; i++)
 		snprintf(paths[i], sizeof paths[i], "/proc/self/fd/%d", fds[i]);
-	/* Whatever the kernel was built with: no directory is moved from where a mask or a mode holds it. */
-	/* What it notes in attributes of its own only the host's root may otherwise. */
+	/* Whatever the kernel was built with, no directory is moved from where a mask or a mode holds it. The attributes in which an
+	 * overlay takes its notes are the host's root's otherwise. */
 	const struct mount_option options[] = {{"lowerdir", paths[0]}, {"upperdir", paths[1]}, {"workdir", paths[2]},
 					       {"redirect_dir", "nofollow"}, {"metacopy", "off"}, {"index", "off"},
 					       {plan->user_namespace ? "userxattr" : NULL, NULL}, {NULL, NULL}};

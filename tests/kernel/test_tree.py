@@ -94,6 +94,7 @@ def test_everything_a_directory_can_hold_is_taken_over_and_removed(tmp_path: Pat
     reown_tree(top)
     assert {path.lstat().st_uid for path in (top, *top.rglob("*"))} == {0}
     assert (top / "program").stat().st_mode & 0o6000 == 0
+    assert [path for path in (top, *top.rglob("*")) if path.is_dir() and path.lstat().st_mode & 0o077] == []
     remove_tree(top)
     assert not top.exists()
 

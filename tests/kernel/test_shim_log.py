@@ -52,6 +52,8 @@ def check_index(job: ShimJob, segment_bytes: int = 16 * MIB) -> None:
     for base, following in zip(job.segments(), [*job.segments()[1:], position], strict=True):
         assert (job.log / f"{base:016x}").stat().st_size == following - base
     assert job.record().log_end == position
+    whole = b"".join((job.log / f"{base:016x}").read_bytes() for base in job.segments())
+    assert whole == job.output(), "`cat` of the segments is the output"
 
 
 def test_both_streams_are_kept_byte_for_byte(job: ShimJob) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from jobrunner import Gap, Stream
 from jobrunner.errors import JobNotFound
-from jobrunner.log.chunks import BLOCK
+from jobrunner.log import ChunkCache
+from jobrunner.log.chunks import BLOCK, LARGE
 from jobrunner.log.cursor import PASSES
 from jobrunner.log.segments import DATA, RECORD
 from jobrunner.output import MAX_LINE, Chunk, Line, OutputReader, Selection
@@ -184,6 +185,27 @@ async def test_a_thousand_followers_of_one_log_have_every_byte(tmp_path: Path) -
         with fail_after(20):
             got = await asyncio.gather(*following)
     assert {text(parts) for parts in got} == {b"".join(b"%d" % number * 999 + b"\n" for number in range(8))}
+
+
+async def test_followers_of_a_log_share_its_chunks_and_no_more_is_held_than_the_bound(tmp_path: Path) -> None:
+    """Read once from the disk, and encoded once: the chunk itself is the same for all, by the way in which it was cut."""
+    writer, owner = LogWriter(tmp_path / "log", segment_bytes=8 << 20), Owner()
+    for _ in range(40):
+        writer.write("stdout", bytes(BLOCK))
+    writer.end()
+    owner.end()
+    with open_log(writer.directory, owner) as log:
+        log.cache = cache = ChunkCache(limit := 1 << 20)
+        held = []
+        async with log.reader(Selection()) as first, log.reader(Selection()) as second, log.reader(Selection()) as large:
+            large.take_at_once(1 << 20)
+            async for part in first:
+                assert isinstance(part, Chunk)
+                assert part is await anext(second)
+                assert len(part.data) == BLOCK
+                held.append(sum(2 * len(chunk.data) for chunk, _ in cache._entries.values()))
+            assert [len(part.data) async for part in large if isinstance(part, Chunk)] == [LARGE] * 20
+    assert limit * 3 // 4 < max(held) <= limit
 
 
 @pytest.mark.parametrize("selection", [Selection(tail=2), Selection(since=1.0), Selection(), Selection(follow=False)])

@@ -191,9 +191,10 @@ class ServerProtocol(H2Protocol):
             raise
         if self.transport.is_closing():
             self._pieces.clear()
-        elif self._pieces:
+        if self._pieces:
             self.shared.turns.take(self.user, self._next_piece)
         else:
+            # Also of one that is closing: TLS, which has met the end of file meanwhile, closes only when it is read from.
             self.transport.resume_reading()
 
     def _received(self, data: bytes) -> None:

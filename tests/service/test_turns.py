@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import struct
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,18 @@ async def test_a_long_read_is_handled_piece_by_piece_and_nothing_more_is_read_me
         await eventually(lambda: not protocol._pieces)
         assert protocol.transport.is_reading()
         assert (await peer.status(await peer.request(QUERY, framed(b""))))[0] == "5"
+
+
+@pytest.mark.requires("root")
+async def test_a_connection_that_is_ended_while_its_peer_is_gone_already_is_closed(tmp_path: Path) -> None:
+    async with serving(tmp_path) as running:
+        async with raw_peer(running) as peer:
+            await peer.status(await peer.request(QUERY, framed(b"")))
+            (protocol,) = running.server._connections
+            protocol.data_received(frame(6, 8) * (PIECE * 10) + frame(6, 7))  # the last one is an error
+            peer.writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+            await eventually(lambda: not protocol._pieces)
+        await eventually(lambda: not running.server.listener.live)
 
 
 @pytest.mark.requires("root")

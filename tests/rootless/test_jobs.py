@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 from pathlib import Path
@@ -57,6 +58,9 @@ async def test_a_job_is_isolated_as_it_is_by_root(tmp_path: Path) -> None:
     ]
 
 
+RELEASE = re.match(r"(\d+)\.(\d+)", os.uname().release)
+TMPFS_HAS_ATTRIBUTES = RELEASE is not None and (int(RELEASE[1]), int(RELEASE[2])) >= (6, 6)
+"""Of users: without them an overlay in a user namespace cannot note that a directory of the host's is hidden."""
 CHANGES = """
 touch /usr/new /etc/new /new && echo x >> /etc/passwd && mkdir -p /opt/new/below && echo made
 rm /usr/bin/env /usr/bin/id; ls /usr/bin/env /usr/bin/id 2>/dev/null; cp /usr/bin/true /usr/bin/env && echo replaced
@@ -68,10 +72,9 @@ async def test_a_root_can_be_written_to_and_nothing_is_kept(tmp_path: Path) -> N
     async with open_runner(tmp_path, **CONFIG) as runner:
         _, data = await run_output(runner, shell(f"exec 2>&1; {CHANGES}", writable=True))
         _, after = await run_output(runner, shell("ls /usr/bin/env; ls /usr/new 2>/dev/null"))
-    assert [line for line in data.decode().splitlines() if "cat:" not in line] in (
-        ["made", "replaced", "closed"],
-        ["made", "replaced"],
-    )
+    lines = [line for line in data.decode().splitlines() if "cat:" not in line and line != "closed"]
+    stays = "rm: cannot remove 'common-licenses': Input/output error"
+    assert lines == (["made", "replaced"] if TMPFS_HAS_ATTRIBUTES else ["made", "replaced", stays])
     assert after == b"/usr/bin/env\n"
 
 

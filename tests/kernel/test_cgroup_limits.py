@@ -16,6 +16,7 @@ from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
 from jobrunner.linux.disk import disks_under
 from tests.support.cgroups import JOB, own_tree, run, start
 from tests.support.requires import requires
+from tests.support.shim import wait_until
 from tests.support.timing import at_most
 
 pytestmark = requires("root", "cgroup:memory")
@@ -145,6 +146,18 @@ async def test_direct_reads_are_held_to_their_rate(
     assert usage.read_bytes == block * count
     assert usage.read_ops is not None and usage.read_ops >= count
     assert cgroup.missing == ()
+    await finish(cgroup)
+
+
+@requires("disk")
+async def test_a_kill_ends_who_waits_for_the_disk(host: CgroupHost, tmp_path: Path) -> None:
+    """What sweeps after a dead shim: such a process takes no signal before its limit is gone."""
+    cgroup = host.create(JOB, Limits(write_bps=1), disks_under([tmp_path]))
+    with start(cgroup, ["dd", "if=/dev/zero", f"of={tmp_path}/file", "bs=1M", "count=1", "oflag=direct"]) as process:
+        stat = Path("/proc", str(process.pid), "stat")
+        wait_until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "D")
+        cgroup.kill()
+        assert process.wait(at_most(10)) == -signal.SIGKILL
     await finish(cgroup)
 
 

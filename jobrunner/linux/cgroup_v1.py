@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jobrunner.errors import HostError
 from jobrunner.job import Limits, Usage, is_job_id
+from jobrunner.limits import MAX_IOPS
 from jobrunner.linux import kernfs
 from jobrunner.linux.above import above
 from jobrunner.linux.counters import Counter, usage_of
@@ -35,8 +36,6 @@ PERIOD = 100_000
 """Microseconds: the kernel's default for cpu.cfs_period_us."""
 MIN_QUOTA = 1000
 MAX_PERIOD = 1_000_000
-MAX_IOPS = (1 << 32) - 2
-"""The kernel takes 32 bits and keeps the low ones of more; all ones means no limit."""
 BUFFERED = "disk writes: cgroup v1 limits direct and synced writes only, buffered writes are not limited"
 SWAP = "memory: swap is not limited, the kernel does not account it (boot with swapaccount=1)"
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from jobrunner.errors import HostError
 from jobrunner.job import Limits, Usage, is_job_id
+from jobrunner.limits import MAX_IOPS
 from jobrunner.linux import kernfs
 from jobrunner.linux.above import above
 from jobrunner.linux.counters import Counter, usage_of
@@ -34,8 +35,6 @@ PERIOD = 100_000
 MIN_QUOTA = 1000
 MAX_PERIOD = 1_000_000
 IO_KEYS = {"read_bps": "rbps", "write_bps": "wbps", "read_iops": "riops", "write_iops": "wiops"}
-MAX_IOPS = (1 << 32) - 2
-"""io.max takes 32 bits of operations; all ones means no limit."""
 SERVER_LEAF = re.compile(r"/jobrunner-[^/]+/server$")
 """Where a server that had to make room has moved to. One opened after it by the same process starts above that, not in it."""
 SWAP = "memory: swap is not limited, the kernel does not account it (boot with swapaccount=1)"

@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -61,7 +62,15 @@ static int mapped_namespace(const struct plan *plan, const struct volume *volume
 {
 	char process[32], path[64];
 	int pidfd, namespace = -1;
+	/*
+	 * It is dumpable, unlike us: the namespaces of a process that is not are opened with CAP_SYS_PTRACE alone (ptrace(2)), which a
+	 * container's root lacks. There is nobody yet in our PID namespace who could look at either.
+	 */
+	prctl(PR_SET_DUMPABLE, 1);
 	pid_t child = spawn(CLONE_NEWUSER, -1, &pidfd);
+	int failed = errno;
+	prctl(PR_SET_DUMPABLE, child == 0);
+	errno = failed;
 	if (child < 0)
 		return -1;
 	if (child == 0)

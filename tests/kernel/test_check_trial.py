@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from jobrunner.linux.remedies import NEEDED
 from jobrunner.trial import _untrue
 
-pytestmark = [pytest.mark.requires("root"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.requires("root", "command:setpriv"), pytest.mark.timeout(120)]
 
 JOBRUNNERD = str(Path(sys.executable).with_name("jobrunnerd"))
 UID = 1900000000
@@ -131,3 +132,13 @@ def test_a_state_directory_that_cannot_have_workspaces_is_told_and_the_remedy_he
     assert [found[name]["level"] for name in ("job", "workspace")] == ["ok", "limited"]
     assert found["workspace"]["remedy"].startswith("a --state-dir on a file system that can map ids: ext4")
     assert check(settings, "workspaces = true\n")["workspace"]["level"] == "ok"  # without the overlay it is on ext4
+
+
+def test_the_capabilities_that_are_said_to_be_needed_are_enough_for_all_that_is_offered(settings: Path) -> None:
+    cache = settings.parent / "cache"
+    cache.mkdir()
+    os.chown(cache, 4242, 4242)
+    given = ",".join(f"+{name.removeprefix('CAP_').lower()}" for name in NEEDED)
+    wrap = ("setpriv", f"--bounding-set=-all,{given}", "--")
+    found = check(settings, f'workspaces = true\n[volumes]\ncache = "{cache}"\n', *wrap)
+    assert [found[name]["level"] for name in ("job", "writable root", "volume cache", "workspace")] == ["ok"] * 4

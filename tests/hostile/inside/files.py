@@ -7,7 +7,6 @@ import pty
 import re
 import select
 import stat
-from pathlib import Path
 
 from tests.hostile.inside.base import Contained, attack, syscall
 
@@ -95,14 +94,3 @@ def run_setuid(program: str) -> str:
     if effective is None or effective[1] != "0":
         raise Contained("not root")
     return "root"
-
-
-@attack
-def make_setuid(directory: str) -> str:
-    """Leave a setuid program for somebody else, on a disk that outlives the job."""
-    path = os.path.join(directory, f"shell-{os.getpid()}")
-    Path(path).write_bytes(b"#!/bin/sh\n")
-    os.chmod(path, 0o4755)
-    info = os.stat(path)
-    os.unlink(path)
-    return f"of uid {info.st_uid}"

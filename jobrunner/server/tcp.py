@@ -2,7 +2,7 @@
 
 asyncio drops the alert of a handshake that fails (https://github.com/python/cpython/issues/98078) and tells nobody of it. So the
 listening socket is a plain one, and a subclass of asyncio's own TLS protocol sits on each connection: it sends the alert, tells the
-address and the reason, and keeps count. Of each address one handshake goes on in a turn of the loop: each costs milliseconds, and
+address and the reason, and keeps count. Of each address a few handshakes go on in a turn of the loop: each costs milliseconds, and
 others have to be heard in a flood of them.
 """
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from jobrunner.server.account import Account
 
 __all__ = ["Listener", "Refused", "TlsConnection", "verified_chain"]
+
+
+STEPS = 4
+"""Of the handshakes of one address, in a turn of the loop: each has two, of about a millisecond."""
 
 
 class Listener:
@@ -44,7 +48,7 @@ class Listener:
         self.context = context
         self.admit = admit
         self.account = account
-        self.turns = Turns()
+        self.turns = Turns(STEPS)
         """Of addresses."""
         self.handshake_timeout = handshake_timeout
         self.shutdown_timeout = shutdown_timeout

@@ -17,35 +17,43 @@ __all__ = ["Gate", "Turns"]
 class Turns:
     """Work that waits, by the name of whose it is. A name holds memory only while there is work of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 1) -> None:
+        """So much of each name is done in a turn."""
+        self._most = most
+        self._done: Counter[str] = Counter()
+        """In this turn."""
         self._waiting: dict[str, deque[Callable[[], None]]] = {}
 
     def __repr__(self) -> str:
-        return f"<Turns { ({name: len(queue) for name, queue in self._waiting.items()}) }>"
+        return f"<Turns {self._most} { ({name: len(queue) for name, queue in self._waiting.items()}) }>"
 
     def take(self, name: str, work: Callable[[], None]) -> None:
-        """Do this now, or, if something of this name has been done in this turn of the loop, when it is its turn."""
-        queue = self._waiting.get(name)
-        if queue is not None:
-            queue.append(work)
-            return
-        if not self._waiting:
+        """Do this now, or, if enough of this name has been done in this turn of the loop, when it is its turn."""
+        if not self._done and not self._waiting:
             asyncio.get_running_loop().call_soon(self._next)
-        self._waiting[name] = deque()
+        if name in self._waiting or self._done[name] >= self._most:
+            self._waiting.setdefault(name, deque()).append(work)
+            return
+        self._done[name] += 1
         work()
 
     def _next(self) -> None:
+        self._done.clear()
         for name, queue in list(self._waiting.items()):
+            for _ in range(min(self._most, len(queue))):
+                self._done[name] += 1
+                self._do(name, queue.popleft())
             if not queue:
                 del self._waiting[name]
-                continue
-            try:
-                queue.popleft()()
-            except Exception as exc:  # as the loop itself does: one's error is not the others'
-                context = {"message": f"error in the turn of {name!r}", "exception": exc}
-                asyncio.get_running_loop().call_exception_handler(context)
-        if self._waiting:
+        if self._done:
             asyncio.get_running_loop().call_soon(self._next)
+
+    def _do(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as exc:  # as the loop itself does: one's error is not the others'
+            context = {"message": f"error in the turn of {name!r}", "exception": exc}
+            asyncio.get_running_loop().call_exception_handler(context)
 
 
 class Gate:

@@ -31,8 +31,13 @@ async def test_of_each_name_one_thing_is_done_in_a_turn_of_the_loop() -> None:
     turns.take("few", lambda: done.append("few 1"))
     await asyncio.sleep(0)
     assert sorted(done[2:]) == ["few 1", "many 1"]
-    await eventually(lambda: repr(turns) == "<Turns {}>")
+    await eventually(lambda: repr(turns) == "<Turns 1 {}>")
     assert done[4:] == ["many 2"]
+    turns = Turns(2)
+    for number in range(3):
+        turns.take("x", partial(done.append, f"x{number}"))
+    assert done[5:] == ["x0", "x1"]
+    await eventually(lambda: done[5:] == ["x0", "x1", "x2"])
 
 
 async def test_an_error_of_one_is_not_the_others() -> None:
@@ -44,7 +49,7 @@ async def test_an_error_of_one_is_not_the_others() -> None:
     turns.take("good", lambda: None)
     turns.take("bad", partial(os.close, -1))
     turns.take("good", lambda: done.append(1))
-    await eventually(lambda: repr(turns) == "<Turns {}>")
+    await eventually(lambda: repr(turns) == "<Turns 1 {}>")
     assert (done, told) == ([1], ["error in the turn of 'bad'"])
 
 
@@ -117,6 +122,6 @@ async def test_a_connection_that_is_lost_while_it_waits_is_forgotten(tmp_path: P
             (protocol,) = running.server._connections
             protocol.data_received(frame(6, 8) * (PIECE * 10))
             protocol.transport.abort()
-        await eventually(lambda: repr(protocol.shared.turns) == "<Turns {}>")
+        await eventually(lambda: repr(protocol.shared.turns) == "<Turns 1 {}>")
         async with raw_peer(running) as peer:
             assert (await peer.status(await peer.request(QUERY, framed(b""))))[0] == "5"

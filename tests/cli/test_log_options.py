@@ -179,10 +179,8 @@ def test_ctrl_c_works_at_once_while_the_server_is_frozen(private_server: ServerP
                 private_server.process.send_signal(signal.SIGSTOP)
             else:
                 wait_until_connected(private_server)
-            begun = time.monotonic()
             process.send_signal(signal.SIGINT)
-            assert process.wait(5) == 130
-            assert time.monotonic() - begun < at_most(2)
+            assert process.wait(at_most(5)) == 130, "it waits for the server"
             assert process.stderr.read() == b""
     finally:
         private_server.process.send_signal(signal.SIGCONT)

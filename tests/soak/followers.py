@@ -63,7 +63,8 @@ async def followers(directory: Path, sizes: Sizes) -> str:
         info = await job.wait()
     did: Counter[str] = Counter()
     for process, (out, _) in zip(processes, said, strict=True):
-        assert process.returncode == 0, f"a follower failed: {out.decode()}"
+        said_by_server = server.log[-2000:].decode(errors="replace")
+        assert process.returncode == 0, f"a follower failed: {out.decode()}; the server says:\n{said_by_server}"
         found = json.loads(out)
         assert found.pop("bytes") == info.log_end == expected
         did.update(found)

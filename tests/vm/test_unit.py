@@ -1,77 +1,18 @@
-"""The units of packaging/ under systemd: only in the virtual machine (tests/vm/run.sh), because they change the host's units."""
+"""The units of packaging/ under systemd: only in the virtual machine."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import anyio
 import pytest
 
 from jobrunner import JobSpec, Limits
-from jobrunner.client import ClientJob, JobClient
+from jobrunner.client import ClientJob
 from jobrunner.output import Chunk
-from jobrunner.server.devcerts import make_certs
 from tests.support.timing import fail_after
-
-PACKAGING = Path(__file__).resolve().parents[2] / "packaging"
-UNITS = Path("/etc/systemd/system")
-SETTINGS = Path("/etc/jobrunner/jobrunnerd.toml")
-CERTS = Path("/etc/jobrunner/certs")
-JOBS = Path("/sys/fs/cgroup/system.slice/jobrunner-jobs.service")
-TICK = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.2; done"
-
-
-def systemctl(*words: str) -> str:
-    done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        told = subprocess.run(["journalctl", "--no-pager", "-n40", "-ujobrunnerd"], capture_output=True, text=True, check=False)
-        pytest.fail(f"systemctl {' '.join(words)}: {done.stdout}{done.stderr}\n{told.stdout}")
-    return done.stdout.strip()
-
-
-def show(name: str) -> str:
-    return systemctl("show", "--value", f"--property={name}", "jobrunnerd")
-
-
-def settings(**more: str) -> None:
-    lines = [f'{key} = "{CERTS}/{file}"' for key, file in (("ca", "ca.pem"), ("cert", "server.pem"), ("key", "server.key"))]
-    SETTINGS.write_text("\n".join([*lines, *(f'{key} = "{value}"' for key, value in more.items())]) + "\n")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def units() -> Iterator[None]:
-    if os.environ.get("JOBRUNNER_IN_VM") != "1":
-        pytest.fail("this changes the host's units: run it by make test-vm", pytrace=False)
-    make_certs(CERTS, {"admin": "admin"})
-    for unit in PACKAGING.glob("*.service"):
-        shutil.copy(unit, UNITS)
-    systemctl("daemon-reload")
-    yield
-    systemctl("stop", "jobrunnerd", "jobrunner-jobs")
-
-
-@pytest.fixture
-def running() -> None:
-    """It runs on from test to test: a start takes long in an emulated machine."""
-    settings()
-    systemctl("start", "jobrunnerd")
-
-
-def connected() -> JobClient:
-    return JobClient("127.0.0.1:7443", ca=CERTS / "ca.pem", cert=CERTS / "admin.pem", key=CERTS / "admin.key", timeout=120)
-
-
-async def start_ticking(client: JobClient) -> ClientJob:
-    """A job that has written its first line."""
-    job = await client.start(JobSpec("sh", ("-c", TICK), limits=Limits(memory=64 << 20, pids=16, cpus=0.5)))
-    async with job.log() as reader:
-        await anext(reader)
-    return job
+from tests.vm.unit import JOBS, connected, settings, shim_of, show, start_ticking, systemctl
 
 
 async def main_pid_other_than(pid: str) -> str:
@@ -86,11 +27,6 @@ async def lines_so_far(job: ClientJob) -> list[int]:
     async with job.log(follow=False) as reader:
         data = b"".join([part.data async for part in reader if isinstance(part, Chunk)])
     return [int(line) for line in data.splitlines()]
-
-
-def shim_of(job: ClientJob) -> str:
-    (directory,) = JOBS.glob(f"*/jobs/{job.job_id}/shim")
-    return (directory / "cgroup.procs").read_text().strip()
 
 
 @pytest.mark.usefixtures("running")

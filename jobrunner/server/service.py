@@ -173,6 +173,7 @@ class JobService(pb.JobServiceBase):
             async for part in reader:
                 # A send does not yield while the peer's window is open: fast readers would hold up every other call.
                 await self._sends.turn(user)
+                await sending.ready()
                 await stream.send_message(encode_output(part))
                 self._count(part)
                 reader.take_at_once(sending.room())

@@ -122,6 +122,23 @@ class ServerStream(Stream):
         else:
             self._send_at_once(data)
 
+    async def ready(self) -> None:
+        """Until something of a message would go out at once; in line with the other calls of the connection.
+
+        Whoever waits here holds no message yet, where one that is sent waits with a copy of its own.
+        """
+        if self.room() or not self.closable:
+            return
+        assert self.id is not None
+        connection = self._own_connection
+        with self._progress():
+            while self._h2_connection.local_flow_control_window(self.id) <= 0:
+                self.window_updated.clear()
+                await self.window_updated.wait()
+            async with connection.line:
+                while not connection.write_ready.is_set():
+                    await connection.write_ready.wait()
+
     async def _send_as_it_goes(self, data: bytes, end_stream: bool) -> None:
         """Frame by frame. As grpclib's, but in line: there all calls that wait would write when there is room for the first."""
         assert self.id is not None
@@ -178,16 +195,22 @@ class ServerStream(Stream):
     def _progress(self) -> Iterator[None]:
         """End the call if what is sent inside makes no progress for `send_timeout` seconds."""
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(self._bounds.send_timeout, self._check_progress, self.data_sent)
+        self._timer = loop.call_later(self._bounds.send_timeout, self._check_progress, self._sent())
         try:
             yield
         finally:
             self._timer.cancel()
 
-    def _check_progress(self, sent_before: int) -> None:
+    def _sent(self) -> tuple[int, int]:
+        """Bytes by this call, and by all of its connection: who waits in line for these makes progress with them."""
+        in_line = self.closable and self.id is not None and self._h2_connection.local_flow_control_window(self.id) > 0
+        return self.data_sent, self.connection.data_sent if in_line else 0
+
+    def _check_progress(self, before: tuple[int, int]) -> None:
         loop, seconds = asyncio.get_running_loop(), self._bounds.send_timeout
-        if self.data_sent > sent_before:
-            self._timer = loop.call_later(seconds, self._check_progress, self.data_sent)  # `_progress` cancels it
+        now = self._sent()
+        if now[0] > before[0] or now[1] > before[1]:
+            self._timer = loop.call_later(seconds, self._check_progress, now)  # `_progress` cancels it
             return
         protocol = self._own_connection.protocol
         if not self.connection.write_ready.is_set():

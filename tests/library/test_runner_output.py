@@ -122,7 +122,7 @@ async def test_a_runner_on_a_full_disk_serves_what_is_there_and_stops_jobs(small
             assert (await flooding.stop(grace=0)).end_reason == "stopped"
             parts, total = await parts_of(flooding)
             assert isinstance(parts[-1], Gap) and parts[-1].reason == "write_error"
-            assert total == parts[-1].last + 1 == 5_000_000 == flooding.info().log_end
+            assert total == parts[-1].last + 1 == flooding.info().log_end <= 5_000_000
         await runner.remove(flooding.job_id)
         (small_disk / "ballast").unlink()
         assert (await run(runner, shell("exit 3"))).exit_code == 3, "with room again jobs start"

@@ -230,7 +230,7 @@ def test_a_cgroup_that_others_are_in_is_refused_with_the_remedy(delegated: Path)
     finally:
         other.kill()
         other.communicate()
-    assert "other processes are in it; start the server in a cgroup of its own (systemd: Delegate=yes)" in err
+    assert "other processes are in it; start the server in a cgroup of its own: systemd-run --scope -p Delegate=yes" in err
 
 
 SPINNERS = "import os\nprint(flush=True)\nwhile True:\n  try: os.fork()\n  except OSError: pass"  # each of them goes on to spin

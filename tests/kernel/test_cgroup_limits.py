@@ -152,7 +152,7 @@ async def test_direct_reads_are_held_to_their_rate(
 @requires("disk")
 async def test_a_kill_ends_who_waits_for_the_disk(host: CgroupHost, tmp_path: Path) -> None:
     """What sweeps after a dead shim: such a process takes no signal before its limit is gone."""
-    cgroup = host.create(JOB, Limits(write_bps=1), disks_under([tmp_path]))
+    cgroup = host.create(JOB, Limits(write_bps=2), disks_under([tmp_path]))
     with start(cgroup, ["dd", "if=/dev/zero", f"of={tmp_path}/file", "bs=1M", "count=1", "oflag=direct"]) as process:
         stat = Path("/proc", str(process.pid), "stat")
         wait_until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "D")

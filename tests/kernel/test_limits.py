@@ -154,10 +154,10 @@ async def test_a_write_limit_holds_for_direct_writes(tmp_path: Path) -> None:
     assert held.usage.write_bytes >= 20 * MIB
 
 
-@pytest.mark.parametrize("limits", [Limits(write_bps=1), Limits(write_iops=1)], ids=["bytes", "operations"])
+@pytest.mark.parametrize("limits", [Limits(write_bps=2), Limits(write_iops=2)], ids=["bytes", "operations"])
 @pytest.mark.parametrize("how", ["a stop", "a deadline"])
 async def test_who_waits_for_the_disk_is_ended_all_the_same(tmp_path: Path, limits: Limits, how: str) -> None:
-    """Such a process takes no signal, and what it waits for is a million seconds away, or an hour."""
+    """Such a process takes no signal, and what it waits for is hundreds of thousands of seconds away, or half an hour."""
     script = "dd if=/dev/zero of=synced bs=1M count=4 conv=fsync & dd if=/dev/zero of=direct bs=4k count=4000 oflag=direct"
     timeout = replace(limits, timeout=at_most(2) if how == "a deadline" else None)
     async with open_runner(tmp_path) as runner:

@@ -18,7 +18,9 @@ from tests.support.timing import at_most
 pytestmark = [pytest.mark.requires("root"), pytest.mark.timeout(60)]
 
 LINES = 200
-TICKS = f"i=0; while [ $i -lt {LINES} ]; do i=$((i+1)); echo line $i; echo 2nd $i >&2; sleep 0.02; done; exit 7"
+TICK = "while [ $i -lt {} ]; do i=$((i+1)); echo line $i; echo 2nd $i >&2; sleep 0.02; done; "
+TICKS = f"i=0; {TICK.format(LINES // 2)}while [ ! -e /work/go ]; do sleep 0.02; done; {TICK.format(LINES)}exit 7"
+"""The second half only once it may: a server that is killed twice takes as long as it takes."""
 OUT = b"".join(b"line %d\n" % number for number in range(1, LINES + 1))
 ERR = b"".join(b"2nd %d\n" % number for number in range(1, LINES + 1))
 TOLD = b"jobrunner: "
@@ -71,6 +73,8 @@ def test_followers_runs_and_waits_go_on_over_two_kills(killed: Killed, tmp_path:
         wait_until(lambda: all(b"line 1\n" in (tmp_path / f"{name}.out").read_bytes() for name in ("log", "run")), at_most(20))
         for _ in range(2):
             killed.again()
+        for work in (killed.server.state / "jobs").glob("*/work"):
+            (work / "go").touch()
         codes = {name: process.wait(at_most(40)) for name, process in processes.items()}
     said = {name: ((tmp_path / f"{name}.out").read_bytes(), (tmp_path / f"{name}.err").read_bytes()) for name in commands}
     for name in ("log", "run"):

@@ -19,7 +19,7 @@ from weakref import WeakSet
 import anyio
 
 from jobrunner.errors import OffsetOutOfRange, WouldBlock
-from jobrunner.job import Gap, JobInfo
+from jobrunner.job import EndReason, Gap, JobInfo
 from jobrunner.log.chunks import BLOCK, LARGE, ChunkCache
 from jobrunner.log.cursor import Cursor, Step
 from jobrunner.log.segments import GAP_REASONS, last_end
@@ -176,11 +176,12 @@ class LogReader(OutputReader):
 
     def _missing_end(self) -> Gap | Step:
         """A log that ends before its job's last byte: the disk was full to the very end, and no record of that found a place."""
-        first, total = self.offset, self._log.owner.info().log_end
+        info = self._log.owner.info()
+        first, total = self.offset, info.log_end
         if first >= total or self._cursor.since is not None:
             return Step.NOTHING
         self._cursor.offset = total
-        return Gap(first, total - 1, GAP_REASONS[0])
+        return Gap(first, total - 1, "lost" if info.end_reason is EndReason.LOST else GAP_REASONS[0])
 
     async def aclose(self) -> None:
         self._closed = True

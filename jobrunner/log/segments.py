@@ -103,18 +103,22 @@ class Segment:
         os.close(self._data)
 
     def record(self, number: int, nowait: bool) -> Record | None:
-        """The index record of this number, None if it is not there yet. A partial last record is not there."""
+        """The index record of this number, None if it is not there yet. A partial last record is not there, nor one of zeros."""
         position = number - self._page_start
         if not 0 <= position < len(self._page):
             raw = read_at(self._index, INDEX_PAGE * RECORD.size, number * RECORD.size, nowait)
             whole = len(raw) - len(raw) % RECORD.size
             self._page = list(map(Record._make, RECORD.iter_unpack(raw[:whole])))
             self._page_start, position = number, 0
-        return self._page[position] if self._page else None
+        record = self._page[position] if self._page else None
+        return record if record is not None and record.kind else None
 
     def records(self) -> int:
-        """How many whole records the index has now."""
-        return os.fstat(self._index).st_size // RECORD.size
+        """How many whole records the index has now. Zeros at its end are none: a host without power had made room for them."""
+        count = os.fstat(self._index).st_size // RECORD.size
+        while count and not any(os.pread(self._index, RECORD.size, (count - 1) * RECORD.size)):
+            count -= 1
+        return count
 
     def find(self, offset: int, nowait: bool) -> int:
         """The number of the first record that ends after `offset`; the count of records if none does yet."""

@@ -316,6 +316,23 @@ async def test_an_index_of_garbage_gives_an_end_and_no_byte_that_was_not_written
                     assert all(part.data == written[part.offset :][: len(part.data)] for part in parts if isinstance(part, Chunk))
 
 
+async def test_zeros_after_the_last_record_that_was_synced_hide_nothing(tmp_path: Path) -> None:
+    """What ext4 leaves where the power fails after the end was told: room for the record END, which is not synced."""
+    async with open_runner(tmp_path) as runner:
+        info = await run(runner, shell("echo one; sleep 0.1; echo two"))
+        (index,) = (runner.state.directory(info.job_id) / "log").glob("*.idx")
+    for zeros in (32, 4096, 45):
+        index.write_bytes(index.read_bytes()[:64] + bytes(zeros))
+        async with open_runner(tmp_path) as runner:
+            job = await runner.get(info.job_id)
+            for options in ({}, {"tail": 2}, {"since": 0.0}, {"follow": False}):
+                async with job.log(**options) as reader:
+                    parts = [part async for part in reader]
+                assert [part.data for part in parts if isinstance(part, Chunk)] == [b"one\n", b"two\n"]
+                assert len(parts) == 2
+            assert (job.info().log_start, job.info().log_end) == (0, 8)
+
+
 async def test_foreign_files_in_a_log_are_passed_over(tmp_path: Path) -> None:
     async with open_runner(tmp_path) as runner:
         info = await run(runner, shell("echo out"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from tests.support.cli import Running, jobrunner, popen, start
 from tests.support.daemon import ServerProcess, stop_all
-from tests.support.shim import wait_until
+from tests.support.shim import link_of, wait_until
 from tests.support.timing import at_most
 
 pytestmark = [pytest.mark.requires("root"), pytest.mark.timeout(60)]
@@ -50,6 +51,12 @@ def killed(tmp_path: Path) -> Iterator[Killed]:
         made.server.end()
 
 
+def connections(server: ServerProcess) -> int:
+    """How many sockets the server has."""
+    fds = f"/proc/{server.process.pid}/fd"
+    return sum(link_of(server.process.pid, f"fd/{name}").startswith("socket:") for name in os.listdir(fds))
+
+
 def own_words(err: bytes) -> list[bytes]:
     return [line for line in err.splitlines(keepends=True) if line.startswith(TOLD)]
 
@@ -60,16 +67,19 @@ def job_words(err: bytes) -> bytes:
 
 def test_followers_runs_and_waits_go_on_over_two_kills(killed: Killed, tmp_path: Path) -> None:
     server = killed.server
+    alone = connections(server)
     job_id = start(server, "sh", "-c", TICKS)
-    commands = {"log": ("log", "-f", job_id), "run": ("run", "sh", "-c", TICKS), "wait": ("wait", job_id)}
+    wait_until(lambda: connections(server) == alone, at_most(20))
+    commands = {"wait": ("wait", job_id), "log": ("log", "-f", job_id), "run": ("run", "sh", "-c", TICKS)}
     with ExitStack() as stack:
         out, err = (
             {name: stack.enter_context((tmp_path / f"{name}.{to}").open("w+b")) for name in commands} for to in ("out", "err")
         )
-        processes = {
-            name: stack.enter_context(popen(server, *words, stdout=out[name].fileno(), stderr=err[name].fileno()))
-            for name, words in commands.items()
-        }
+        processes = {}
+        for name, words in commands.items():
+            processes[name] = stack.enter_context(popen(server, *words, stdout=out[name].fileno(), stderr=err[name].fileno()))
+            # One that was never connected would be told at once: `wait`, which says nothing, is while the others start.
+            wait_until(lambda: connections(server) > alone, at_most(20))
         wait_until(lambda: all(b"line 1\n" in (tmp_path / f"{name}.out").read_bytes() for name in ("log", "run")), at_most(20))
         for _ in range(2):
             killed.again()

@@ -3,7 +3,7 @@
     pytestmark = pytest.mark.requires("root", "cgroup:memory")
 
 skips on a host that lacks one of them. With JOBRUNNER_MUST_RUN=1 (`make test` sets it where CI=true) every skip is a failure,
-but for want of what JOBRUNNER_EXCUSED names: what nobody can have who is cut off from where it comes from.
+but for want of what JOBRUNNER_EXCUSED names (`command:NAME`, or `history` for any of that kind): what cannot be had from here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Generator
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", 'generation(version): a fact of cgroup "v1" (also hybrid) or "v2" alone; left out on the other'
     )
-    config.addinivalue_line("markers", 'requires(*names): "root", "cgroup:CONTROLLER", "command:NAME"; skipped where one lacks')
+    names = '"root", "cgroup:CONTROLLER", "command:NAME", "history:COMMIT"'
+    config.addinivalue_line("markers", f"requires(*names): {names}; skipped where one lacks")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -58,7 +60,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    excused = any(set(mark.args) & set(EXCUSED) for mark in item.iter_markers("requires"))
+    excused = any({name, name.partition(":")[0]} & set(EXCUSED) for mark in item.iter_markers("requires") for name in mark.args)
     if MUST_RUN and report.skipped and not excused and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} must run, and was skipped: {report.longrepr}"
@@ -76,4 +78,7 @@ def _has(name: str) -> bool:
         return detail in {word for words in controllers for word in words.split(",")} or detail in on_v2
     if kind == "command":
         return shutil.which(detail) is not None
+    if kind == "history":
+        found = ["git", "-C", str(Path(__file__).parent), "cat-file", "-e", f"{detail}^{{commit}}"]
+        return subprocess.run(found, capture_output=True, check=False).returncode == 0
     raise pytest.UsageError(f'requires: "{name}" is not known')

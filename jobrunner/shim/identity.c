@@ -19,11 +19,16 @@
 
 #define COPY ".copy"		/* in the job's own root, which nobody sees yet */
 
-/* The line, and what the root has; so that the line is what is found of two that are alike. */
+/*
+ * The line, and what the root has; so that the line is what is found of two that are alike. The copy is for everybody to read, so
+ * what is not is left out: in a named root the name may be a link to it, or a FIFO.
+ */
 static int make_copy(int root, int original, const char *line)
 {
+	struct stat st;
 	int copy = openat(root, COPY, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0644);
-	if (copy >= 0 && fchmod(copy, 0644) == 0 && write_all(copy, line, strlen(line)) && copy_all(original, copy))
+	if (copy >= 0 && fchmod(copy, 0644) == 0 && write_all(copy, line, strlen(line)) && fstat(original, &st) == 0 &&
+	    (!S_ISREG(st.st_mode) || !(st.st_mode & S_IROTH) || copy_all(original, copy)))
 		return copy;
 	if (copy >= 0)
 		close(copy);
@@ -52,7 +57,7 @@ static int add_line(int root, const char *path, const char *line, bool writable,
 	int target = open_inside(root, path);
 	if (target < 0)
 		return errno == ENOENT || errno == ENOTDIR ? 0 : fail(why, "identity", errno, path);
-	int original = open_in_root(root, path, O_RDONLY | O_NONBLOCK);	/* a FIFO in a named root is an empty file, and no trap */
+	int original = open_in_root(root, path, O_RDONLY | O_NONBLOCK);	/* a FIFO is no trap */
 	int copy = original < 0 ? -1 : make_copy(root, original, line);
 	if (copy < 0 || put_copy(root, path, copy, target, writable) != 0)
 		return fail(why, "identity", errno, path);

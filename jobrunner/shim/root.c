@@ -178,14 +178,14 @@ int private_root(const struct plan *plan, struct report *why)
 	int root = own ? make_root(plan, why) : open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (root < 0)
 		return fail(why, "root", errno, "/");
-	if (mount_proc(root, own, why) != 0)
+	/* Order: while there is nothing but the root: a link of a named one must not lead init, who may all, into /proc or a volume. */
+	if (name_user(root, plan, why) != 0 || mount_proc(root, own, why) != 0)
 		return -1;
 	if (own && (mount_sys(root, plan, why) != 0 || mount_dev(root, plan, why) != 0))
 		return -1;
 	if (!own && plan->tmp_size >= 0 && make_tmp(root, plan, why) != 0)
 		return -1;
-	if (mount_work(root, plan, why) != 0 || mount_volumes(root, plan, why) != 0 || name_user(root, plan, why) != 0 ||
-	    mask_all(root, plan, why) != 0)
+	if (mount_work(root, plan, why) != 0 || mount_volumes(root, plan, why) != 0 || mask_all(root, plan, why) != 0)
 		return -1;
 	if (plan->writable && overlay_end(root, plan, why) != 0)
 		return -1;

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jobrunner.shim.launch import PROTECTIONS, Report
+from jobrunner.shim.launch import PROTECTIONS, Report, VolumeMount
 from tests.support.shim import ShimJob, shim_job
 
 pytestmark = pytest.mark.requires("root", "command:python3")
@@ -202,6 +202,35 @@ def test_a_named_root_can_be_written_to(job: ShimJob, shown: Path) -> None:
         assert said.split() == ["job", "3", "new", "gone"]
     assert (shown / "etc" / "passwd").read_text() == "root:x:0:0::/:/bin/sh\n"
     assert sorted(os.listdir(shown)) == ["bin", "etc", "lib", "lib64", "link", "usr", "var"]
+
+
+def test_what_names_its_users_leads_no_birth_elsewhere(job: ShimJob, shown: Path, tmp_path: Path) -> None:
+    """Its files are read and written by root: neither a volume's, nor /proc's, nor what is closed in the root itself."""
+    key, volume = shown / "key", tmp_path / "volume"
+    volume.mkdir()
+    (shown / "etc").mkdir()
+    (shown / "usr").mkdir()
+    for name in ("bin", "lib", "lib64"):
+        (shown / name).symlink_to(f"usr/{name}")
+    for path in (key, volume / "key"):
+        path.write_text("secret")
+        path.chmod(0o600)
+    (shown / "etc" / "passwd").symlink_to("/volumes/x/key")
+    (shown / "etc" / "group").symlink_to("/key")
+    kernel = Path("/proc/sys/kernel/poweroff_cmd")
+    before, how = kernel.read_text(), {"show": (), "root": str(shown), "volumes": [VolumeMount(str(volume), "/volumes/x")]}
+    with mounted(shown / "usr", "--bind", "/usr"):
+        said = writing(job, "cat /etc/passwd /etc/group /key; echo end", **how)
+        with shim_job(tmp_path / "sealed") as other:
+            said += writing(other, "cat /etc/passwd /etc/group /key; echo end", **how, writable=False)
+        (shown / "etc" / "passwd").unlink()
+        (shown / "etc" / "passwd").symlink_to(kernel)
+        with shim_job(tmp_path / "kernel") as other:
+            said += writing(other, "echo end", **how)
+    assert said.count("end\n") == 3
+    assert "secret" not in said
+    assert {key.read_text(), (volume / "key").read_text()} == {"secret"}
+    assert kernel.read_text() == before
 
 
 def test_neither_setuid_nor_devices_count(job: ShimJob, shown: Path) -> None:

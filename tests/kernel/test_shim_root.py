@@ -210,8 +210,9 @@ def test_no_link_of_a_named_root_leads_to_the_host(job: ShimJob, tmp_path: Path)
     (root / "etc").mkdir(parents=True)
     host.mkdir()
     (root / "out").symlink_to(host)
-    (root / "etc" / "group").symlink_to("passwd")
-    os.mkfifo(root / "etc" / "passwd")  # which nobody writes to
+    (root / "etc" / "group").symlink_to("pipe")
+    for name in ("passwd", "pipe"):
+        os.mkfifo(root / "etc" / name)  # which nobody writes to
     report = job.start("/true", root=str(root), uid=UID, gid=UID, user_name="job", volumes=[VolumeMount("/usr", "/out/made")])
     assert (report.step, report.errno) == ("volume", 2)
     assert list(host.iterdir()) == []

@@ -9,15 +9,13 @@ but for want of what JOBRUNNER_EXCUSED names (`command:NAME`, or `history` for a
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
 from collections.abc import Generator
-from pathlib import Path
 
 import pytest
 
 from jobrunner.linux.mountinfo import cgroup_mounts, cgroup_version
+from tests.support.requires import KINDS, has
 from tests.support.timing import at_most
 
 # The fixtures `server` and `private_server`.
@@ -34,8 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", 'generation(version): a fact of cgroup "v1" (also hybrid) or "v2" alone; left out on the other'
     )
-    names = '"root", "cgroup:CONTROLLER", "command:NAME", "history:COMMIT"'
-    config.addinivalue_line("markers", f"requires(*names): {names}; skipped where one lacks")
+    config.addinivalue_line("markers", f"requires(*names): {', '.join(KINDS)}; skipped where one lacks")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -53,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("requires"):
         for name in mark.args:
-            if not _has(name):
+            if not has(name):
                 pytest.skip(f"this host lacks {name}")
 
 
@@ -65,20 +62,3 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} must run, and was skipped: {report.longrepr}"
     return report
-
-
-def _has(name: str) -> bool:
-    kind, _, detail = name.partition(":")
-    if kind == "root":
-        return os.geteuid() == 0
-    if kind == "cgroup":
-        controllers = {line.split(":")[1] for line in Path("/proc/self/cgroup").read_text().splitlines()}
-        unified = Path("/sys/fs/cgroup/cgroup.controllers")
-        on_v2 = unified.read_text().split() if unified.exists() else []
-        return detail in {word for words in controllers for word in words.split(",")} or detail in on_v2
-    if kind == "command":
-        return shutil.which(detail) is not None
-    if kind == "history":
-        found = ["git", "-C", str(Path(__file__).parent), "cat-file", "-e", f"{detail}^{{commit}}"]
-        return subprocess.run(found, capture_output=True, check=False).returncode == 0
-    raise pytest.UsageError(f'requires: "{name}" is not known')

@@ -15,11 +15,10 @@ from jobrunner.job import Limits
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
 from jobrunner.linux.disk import disks_under
 from tests.support.cgroups import JOB, own_tree, run, start
-from tests.support.requires import requires
 from tests.support.shim import wait_until
 from tests.support.timing import at_most
 
-pytestmark = requires("root", "cgroup:memory")
+pytestmark = pytest.mark.requires("root", "cgroup:memory")
 
 SPIN = "import time, sys\nend = time.monotonic() + float(sys.argv[1])\nwhile time.monotonic() < end: pass"
 FORK = """
@@ -102,7 +101,7 @@ async def test_forks_past_the_limit_fail(host: CgroupHost) -> None:
     await finish(cgroup)
 
 
-@requires("disk")
+@pytest.mark.requires("disk")
 @pytest.mark.parametrize(
     ("limits", "block", "count"),
     [(Limits(write_bps=4_000_000), 500_000 // 4096 * 4096, 9), (Limits(write_iops=10), 4096, 11)],
@@ -127,7 +126,7 @@ async def test_direct_writes_are_held_to_their_rate(
     await finish(cgroup)
 
 
-@requires("disk")
+@pytest.mark.requires("disk")
 @pytest.mark.parametrize(
     ("limits", "block", "count"),
     [(Limits(read_bps=4_000_000), 1 << 20, 4), (Limits(read_iops=10), 4096, 11)],
@@ -149,7 +148,7 @@ async def test_direct_reads_are_held_to_their_rate(
     await finish(cgroup)
 
 
-@requires("disk")
+@pytest.mark.requires("disk")
 async def test_a_kill_ends_who_waits_for_the_disk(host: CgroupHost, tmp_path: Path) -> None:
     """What sweeps after a dead shim: such a process takes no signal before its limit is gone."""
     cgroup = host.create(JOB, Limits(write_bps=2), disks_under([tmp_path]))
@@ -168,7 +167,7 @@ async def test_what_has_not_been_used_is_none_and_not_unknown(host: CgroupHost, 
     await finish(cgroup)
 
 
-@requires("disk")
+@pytest.mark.requires("disk")
 async def test_disk_use_is_counted_without_any_limit(host: CgroupHost, tmp_path: Path) -> None:
     cgroup = host.create(JOB, Limits(), disks_under([tmp_path]))
     ended = run(cgroup, ["dd", "if=/dev/zero", f"of={tmp_path}/file", "bs=64k", "count=4", "oflag=direct"])

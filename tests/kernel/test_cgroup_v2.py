@@ -17,9 +17,8 @@ from jobrunner.linux.disk import Disk
 from jobrunner.linux.kernfs import LimitNotApplied
 from jobrunner.linux.mountinfo import cgroup_mounts, own_cgroups
 from tests.support.cgroups import JOB, directories
-from tests.support.requires import requires
 
-pytestmark = requires("root", "cgroup2", "cgroup1:memory")
+pytestmark = pytest.mark.requires("root", "cgroup2", "cgroup1:memory")
 
 
 @pytest.fixture

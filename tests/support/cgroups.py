@@ -17,7 +17,7 @@ from tests.support.timing import at_most
 if TYPE_CHECKING:
     from jobrunner.linux.cgroup import CgroupHost, JobCgroup
 
-JOB = "0123456789ab"
+JOB = secrets.token_hex(6)
 ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 99; shift; done; shift; exec "$@"'
 
 

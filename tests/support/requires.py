@@ -1,48 +1,48 @@
-"""What a test needs of its host. Without it the test is skipped, or, where JOBRUNNER_MUST_RUN is set, its module fails.
-
-@requires("root", "cgroup1:memory")
-def test_...
-
-pytestmark = requires("root")
-"""
+"""What a test may require of its host, by name: `pytest.mark.requires("root", "cgroup:memory")`."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import pytest
 
 from jobrunner.linux.disk import disks_under
 from jobrunner.linux.mountinfo import cgroup_mounts
 
-__all__ = ["requires"]
+__all__ = ["KINDS", "has"]
 
 
-def _lacking(need: str) -> str:
-    """Why this host does not have what is needed; empty if it does."""
-    kind, _, name = need.partition(":")
+def _on_v1(controller: str) -> bool:
+    return controller in cgroup_mounts()
+
+
+def _on_v2(controller: str) -> bool:
+    """Any, for no name."""
     mounts = cgroup_mounts()
-    match kind:
-        case "root":
-            return "" if os.geteuid() == 0 else "needs root"
-        case "cgroup":
-            return _lacking(f"cgroup1:{name}") and _lacking(f"cgroup2:{name}")
-        case "cgroup1":
-            return "" if name in mounts else f"needs a cgroup v1 hierarchy with {name}"
-        case "cgroup2":
-            offered = Path(mounts[""].point, "cgroup.controllers").read_text().split() if "" in mounts else None
-            return "" if offered is not None and name in (*offered, "") else f"needs {name or 'a tree'} on cgroup v2"
-        case "disk":
-            found = any(disk.device for disk in disks_under([tempfile.gettempdir()]))
-            return "" if found else "needs a temporary directory on a disk"
-    raise ValueError(f"{need!r} is no need that is known")
+    return "" in mounts and controller in ("", *Path(mounts[""].point, "cgroup.controllers").read_text().split())
 
 
-def requires(*needs: str) -> pytest.MarkDecorator:
-    """A mark for a test or a module. Needs: `root`, `disk`, `cgroup2`; `cgroup1:`, `cgroup2:` or, for any, `cgroup:CONTROLLER`."""
-    reasons = [reason for reason in map(_lacking, needs) if reason]
-    if reasons and os.environ.get("JOBRUNNER_MUST_RUN"):
-        pytest.fail(f"JOBRUNNER_MUST_RUN is set: {'; '.join(reasons)}", pytrace=False)
-    return pytest.mark.skipif(bool(reasons), reason="; ".join(reasons))
+def _history(revision: str) -> bool:
+    found = ["git", "-C", str(Path(__file__).parent), "cat-file", "-e", f"{revision}^{{commit}}"]
+    return subprocess.run(found, capture_output=True, check=False).returncode == 0
+
+
+KINDS: Mapping[str, Callable[[str], bool]] = {
+    "root": lambda _: os.geteuid() == 0,
+    "disk": lambda _: any(disk.device for disk in disks_under([tempfile.gettempdir()])),
+    "command": lambda name: shutil.which(name) is not None,
+    "cgroup": lambda controller: _on_v1(controller) or _on_v2(controller),
+    "cgroup1": _on_v1,
+    "cgroup2": _on_v2,
+    "history": _history,
+}
+"""`disk`: temporary files are on one. `cgroup:CONTROLLER`: on either version. `history:COMMIT`: the repository has it."""
+
+
+def has(name: str) -> bool:
+    """Whether this host has what is required: a kind, or KIND:NAME. KeyError for a kind that is none."""
+    kind, _, detail = name.partition(":")
+    return KINDS[kind](detail)

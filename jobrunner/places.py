@@ -39,6 +39,10 @@ DISK, MEMORY = "disk", "memory"
 
 def check(spec: JobSpec, caller: str, config: RunnerConfig) -> None:
     """Raise InvalidRequest for what the configuration does not offer, or not to this caller; it says what there is."""
+    if spec.stdin:
+        raise InvalidRequest("stdin", "this server does not offer it")
+    if spec.network == "host" and not config.network_host:
+        raise InvalidRequest("network", "this server gives jobs no network (network_host = true in its configuration would)")
     if spec.workspace and not config.workspaces:
         raise InvalidRequest("workspace", "this server keeps none (workspaces = true in its configuration would)")
     if spec.root:

@@ -59,7 +59,6 @@ __all__ = ["JobRunner", "RunnerJob"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-NOT_BUILT = ("stdin",)
 REACH_AGAIN = 1.0
 """Seconds between attempts to reach a shim that could not be reached for want of file descriptors, say."""
 FINISH_TIMEOUT = 5.0
@@ -203,11 +202,6 @@ class JobRunner:
 
     def _check(self, spec: JobSpec, user: str) -> Limits:
         """The limits to apply. Raises InvalidRequest for what this host's configuration does not allow."""
-        for name in NOT_BUILT:
-            if getattr(spec, name):
-                raise InvalidRequest(name, "this server does not offer it")
-        if spec.network == "host" and not self.config.network_host:
-            raise InvalidRequest("network", "this server gives jobs no network (network_host = true in its configuration would)")
         places.check(spec, user, self.config)
         limits = spec.limits.over(self.defaults)
         limits.check_ceilings(self.config.ceilings)

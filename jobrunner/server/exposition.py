@@ -140,7 +140,10 @@ class Listener:
 
     def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._open) >= MAX_CONNECTIONS:
-            next(iter(self._open)).cancel()
+            # Order: it gives its place up now, for several may come before it is done.
+            oldest = next(iter(self._open))
+            self._open.pop(oldest).transport.abort()
+            oldest.cancel()
         task = asyncio.get_running_loop().create_task(self._answer(reader, writer))
         self._open[task] = writer
         task.add_done_callback(self._done)
@@ -150,7 +153,8 @@ class Listener:
             task.cancel()
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        self._open.pop(task).transport.abort()
+        if task in self._open:
+            self._open.pop(task).transport.abort()
         if not task.cancelled() and (exc := task.exception()) is not None:
             logger.error("cannot tell metrics", exc_info=exc)
 

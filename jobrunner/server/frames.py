@@ -14,8 +14,8 @@ PREFACE = 24
 PIECE = 32
 """Frames that are handled in one go, before others are heard (`turns`)."""
 CRUMB = 256
-"""Bytes of DATA below which a frame counts as one that is sent for its own sake."""
-PRIORITY, SETTINGS, WINDOW_UPDATE, ACK = 2, 4, 8, 1
+"""Bytes of DATA below which a frame counts as one that is sent for its own sake; so does one with padding."""
+PRIORITY, SETTINGS, WINDOW_UPDATE, ACK, PADDED = 2, 4, 8, 1, 8
 
 
 class TooMuch(ProtocolError):
@@ -49,7 +49,7 @@ class FrameMeter:
                 raise FrameTooLargeError("an acknowledgement of SETTINGS has a payload")  # h2 would say PROTOCOL_ERROR
             if begun and not begun % PIECE:
                 cuts.append(at - held)
-            costly += all_of_it[at + 3] != 0 or length < CRUMB
+            costly += all_of_it[at + 3] != 0 or length < CRUMB or bool(all_of_it[at + 4] & PADDED)
             begun += 1
             at += 9 + length
         self._head, self._payload = (all_of_it[at:], 0) if at < len(all_of_it) else (b"", at - len(all_of_it))

@@ -56,6 +56,8 @@ CONFIGURATION = Configuration(
 """A dead peer is found within 30 s; what a peer can make the server hold before a handler reads it is small."""
 MAX_UNSENT = 256 * 1024
 """Bytes that TLS holds of what a peer has not read yet, beside what the kernel does; half of asyncio's own bound."""
+MESSAGES_HELD = 8
+"""Times `max_message` that the unfinished calls of one user may hold: a message is kept while it comes, and by who handles it."""
 MAX_UNREAD_ANSWERS = 256 * 1024
 """Bytes of answers to control frames (PING, SETTINGS) that a peer may leave unread."""
 
@@ -74,6 +76,8 @@ class Shared:
     """The connections, which enter and leave by themselves."""
     calls: Counter[str] = field(default_factory=Counter)
     """At once, by user."""
+    held: Counter[str] = field(default_factory=Counter)
+    """Bytes of the messages of unfinished calls, by user: as long as they were said to be, whether or not they are there."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when one of them has left, and when a call is over."""
 
@@ -85,7 +89,15 @@ class Shared:
         """A call is; who has none is forgotten."""
         self.calls[user] -= 1
         if not self.calls[user]:
-            del self.calls[user]
+            del self.calls[user], self.held[user]
+
+    def hold(self, user: str, before: int, size: int) -> None:
+        """A call's message is so long, after one that was. Raises LimitReached."""
+        most = MESSAGES_HELD * self.bounds.max_message
+        if size > before and self.held[user] + size - before > most:
+            reason = f'the messages of user "{user}" that are under way are longer than {most} bytes together; try again in 1 s'
+            raise LimitReached("read request", "max_message", reason, retry_after=1.0)
+        self.held[user] += size - before
 
 
 class ServerPeer(Peer):
@@ -284,6 +296,7 @@ class ServerProtocol(H2Protocol):
             if stream.id in self.processor.streams:
                 release_stream()
             if counted:
+                stream.let_go()
                 self.shared.over(self.user)
                 counted = False
             self.shared.changed.set()

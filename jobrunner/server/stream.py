@@ -1,6 +1,6 @@
 """One call as it is sent and received: grpclib's stream with the bounds that it lacks.
 
-message size            a longer one is RESOURCE_EXHAUSTED before it is buffered
+message size            a longer one is RESOURCE_EXHAUSTED before it is buffered; so is one more than a user may hold
 a message that does not come, a send without progress: end their call, or the connection if that is what stalls
 every call is answered: never with UNKNOWN
 """
@@ -65,6 +65,8 @@ class ServerStream(Stream):
         super().__init__(connection, connection._connection, connection._transport, stream_id=stream_id)
         self._bounds = bounds
         self._messages = 0
+        self._held = 0
+        """Bytes of its message, as long as the call lasts or the next one comes."""
         self._in_message = False
 
     async def recv_data(self, size: int) -> bytes:
@@ -73,6 +75,8 @@ class ServerStream(Stream):
             raise LimitReached(
                 "read request", "max_message", f"its message of {size} bytes is longer than {self._bounds.max_message}"
             )
+        if self._in_message:
+            self._hold(size)
         try:
             data = await self._received(size)
         except AssertionError as exc:  # grpclib's word for a stream that ends too early
@@ -84,6 +88,15 @@ class ServerStream(Stream):
         self._messages += self._in_message
         self._in_message = not self._in_message
         return data
+
+    def _hold(self, size: int) -> None:
+        protocol = self._own_connection.protocol
+        protocol.shared.hold(protocol.user, self._held, size)
+        self._held = size
+
+    def let_go(self) -> None:
+        """The call is over."""
+        self._hold(0)
 
     async def _received(self, size: int) -> bytes:
         """Not for a call that streams to the server, which may be silent as long as it likes."""

@@ -13,6 +13,7 @@ from h2.events import ConnectionTerminated, StreamReset
 
 from jobrunner.client import JobClient
 from jobrunner.errors import LimitReached
+from jobrunner.server.http2 import MESSAGES_HELD
 from jobrunner.server.limits import Bucket, Counted, Lanes, Rate
 from tests.support.http2 import HEADERS, RawPeer, framed, raw_peer
 from tests.support.server import Running, eventually, failure, message, serving, start, subscribe, unary
@@ -262,3 +263,41 @@ def test_what_is_counted_is_given_back_also_after_an_error() -> None:
         counted.one_more("a", "read", "full"),
     ):
         pass
+
+
+async def test_messages_under_way_are_so_long_together_for_each_user(tmp_path: Path) -> None:
+    """Said to be long, and not there: as many as hold what a user may, then none, until one of them is over."""
+    begun = framed(bytes(1000))[:100]
+    async with serving(tmp_path, max_message=1000) as running, raw_peer(running) as peer:
+        streams = [await peer.request(QUERY, begun, end=False) for _ in range(MESSAGES_HELD)]
+        more = await peer.status(await peer.request(QUERY, begun, end=False))
+        assert more == (
+            RESOURCE_EXHAUSTED,
+            'cannot read request: the messages of user "admin" that are under way are longer than 8000 bytes together; '
+            "try again in 1 s (max_message)",
+        )
+        assert (await peer.status(await peer.request(QUERY, framed(b""))))[0] == NOT_FOUND
+        async with raw_peer(running, "viewer") as other:
+            stream = await other.request(QUERY, begun, end=False)
+            other.h2.send_data(stream, bytes(905), end_stream=True)
+            await other.flush()
+            assert (await other.status(stream))[0] == "3", "nothing of that is a message, but it was read"
+        peer.h2.reset_stream(streams[0])
+        await peer.flush()
+        await eventually(lambda: running.server._shared.held["admin"] == 1000 * (MESSAGES_HELD - 1))
+        assert (await peer.status(await peer.request(QUERY, framed(bytes(1000)))))[0] == "3"
+        for stream in streams[1:]:
+            peer.h2.reset_stream(stream)
+        await peer.flush()
+        await eventually(lambda: not running.server._shared.held)
+
+
+async def test_who_follows_holds_its_message_as_long_as_it_follows(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_message=2000) as running, running.channel() as channel, raw_peer(running) as peer:
+        job_id = await start(channel, "sleep", "60")
+        unknown = bytes([0xFA, 0x7F, 0xDC, 0x0B]) + bytes(1500)
+        follow = framed(message("JobSubscriptionRequest", job_id=job_id).SerializeToString() + unknown)
+        for _ in range(10):
+            await peer.request("/jobrunner.v1.JobService/SubscribeOutput", follow)
+        await eventually(lambda: running.server._shared.held["admin"] > 8 * 1500)
+        assert running.server._shared.held["admin"] <= MESSAGES_HELD * 2000

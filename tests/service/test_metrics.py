@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobrunner.errors import HostError
+from jobrunner.server.exposition import MAX_CONNECTIONS
 from tests.support.http2 import framed, raw_peer
 from tests.support.server import Running, eventually, failure, message, serving, start, subscribe, unary
 from tests.support.timing import fail_after
@@ -124,6 +125,22 @@ async def test_who_is_slow_holds_up_nobody_and_is_forgotten(tmp_path: Path, monk
                 with suppress(OSError):
                     assert await reader.read() == b""
                 writer.close()
+
+
+async def test_many_that_come_at_once_have_few_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that come in one turn of the loop give way to each other, long before their time is over."""
+    monkeypatch.setattr("jobrunner.server.exposition.SECONDS", 60.0)
+    async with serving(tmp_path, **ON) as running, AsyncExitStack() as stack:
+        host, _, port = running.metrics.rpartition(":")
+        readers = []
+        for _ in range(5):
+            # As many as the kernel keeps for the server.
+            for reader, writer in await asyncio.gather(*(asyncio.open_connection(host, int(port)) for _ in range(16))):
+                stack.callback(writer.close)
+                readers.append(reader)
+        ended = lambda: sum(reader.at_eof() or reader.exception() is not None for reader in readers)  # noqa: E731
+        await eventually(lambda: ended() >= len(readers) - MAX_CONNECTIONS, 20)
+        assert (await samples(running))["jobrunner_connections",] == 0
 
 
 @pytest.mark.parametrize(

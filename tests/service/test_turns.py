@@ -89,6 +89,14 @@ def test_pieces_are_what_came_and_as_many_frames_whatever_the_reads_were(frames:
     assert found == sum(kind != 0 or length < 256 for kind, length in frames)
 
 
+def test_padding_is_not_something_that_data_carries() -> None:
+    meter = FrameMeter(16384)
+    meter.pieces(bytes(PREFACE))
+    long, padded = frame(0, 300), bytearray(frame(0, 300))
+    padded[4] = 8
+    assert [meter.pieces(bytes(each))[0] for each in (long, padded)] == [0, 1]
+
+
 @pytest.mark.requires("root")
 async def test_a_long_read_is_handled_piece_by_piece_and_nothing_more_is_read_meanwhile(tmp_path: Path) -> None:
     async with serving(tmp_path) as running, raw_peer(running) as peer:

@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 
 ROLES = ("admin", "viewer", "server")
+MAX_REQUEST = 65536
+"""Bytes."""
 Dir = Annotated[str, typer.Option("--dir", envvar="JOBRUNNER_CERTS", metavar="DIR", help="The CA's directory.")]
 Days = Annotated[str | None, typer.Option(metavar="NUMBER", help="How long it holds.")]
 Passphrase = Annotated[str, typer.Option("--passphrase-file", metavar="FILE", help="Its first line opens the CA's key.")]
@@ -171,9 +173,13 @@ def _passphrase(file: str) -> bytes | None:
 
 def _request(file: str) -> bytes:
     try:
-        return Path(file).read_bytes()
-    except OSError as exc:
-        raise CertificateError(f"read request {file}", exc.strerror or str(exc)) from exc
+        with Path(file).open("rb") as opened:
+            data = opened.read(MAX_REQUEST + 1)
+    except (OSError, ValueError) as exc:
+        raise CertificateError(f"read request {file}", getattr(exc, "strerror", None) or str(exc)) from exc
+    if len(data) > MAX_REQUEST:
+        raise CertificateError(f"read request {file}", f"it is longer than {MAX_REQUEST} bytes")
+    return data
 
 
 def _days(text: str | None) -> dict[str, int]:

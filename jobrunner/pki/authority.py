@@ -144,12 +144,16 @@ class Authority:
     def renew(self, name: str, *, days: int | None = None, passphrase: bytes | None = None) -> Issued:
         """A certificate that says the same, for as long as the one before, which holds until its own end.
 
-        With a new key, encrypted if the old one is; where the key is not here, for the same key again.
+        With a new key, encrypted if the old one is; where the key is not here, for the same key again, unless that is revoked.
         """
+        _check_name(name, "renew")
         old = _certificate(self.store, f"{name}.pem")
         life = days or max(1, round((old.not_valid_after_utc - old.not_valid_before_utc - SKEW) / timedelta(days=1)))
         key = self.store.path(f"{name}.key")
         if not key.exists():
+            if not self._has_issued(old) or old.serial_number in self._revoked_serials():
+                reason = "is revoked, and its key with it" if self._has_issued(old) else "was not issued here"
+                raise CertificateError(f"renew {name}", f"its certificate {reason}; `issue --csr --force` takes a new request")
             return self._for_key(name, Profile.of(old), life, old.public_key())
         if b"ENCRYPTED" in self.store.read(key.name) and passphrase is None:
             raise CertificateError(
@@ -173,8 +177,7 @@ class Authority:
         return names
 
     def _check_free(self, name: str, force: bool) -> None:
-        if not _NAME.fullmatch(name) or name in RESERVED:
-            raise CertificateError("issue certificate", f'"{name}" is no name for a file')
+        _check_name(name, "issue")
         for path in (self.store.path(f"{name}.pem"), self.store.path(f"{name}.key")):
             if path.exists() and not force:
                 raise CertificateError(f"write {path}", "it is there already; `renew` renews it, --force overwrites")
@@ -243,9 +246,22 @@ class Authority:
     def _for_key(self, name: str, profile: Profile, days: int, key: CertificatePublicKeyTypes) -> Issued:
         certificate = self._signed(profile, days, key)
         # Order: a key that does not belong to it goes first.
-        self.store.remove(f"{name}.key")
+        if not self._has_key(name, key):
+            self.store.remove(f"{name}.key")
         self.store.write(f"{name}.pem", to_pem(certificate))
         return Issued(name, certificate, self.store.path(f"{name}.pem"), None)
+
+    def _has_key(self, name: str, key: CertificatePublicKeyTypes) -> bool:
+        """Whether the file NAME.key is there and belongs to this one. CertificateError if nobody can tell."""
+        path = self.store.path(f"{name}.key")
+        if not path.exists():
+            return False
+        try:
+            return serialization.load_pem_private_key(self.store.read(path.name), None).public_key() == key
+        except TypeError as exc:
+            raise CertificateError(f"write {name}.pem", f"{path} is encrypted, and may be the key of it; move it away") from exc
+        except (ValueError, UnsupportedAlgorithm):
+            return False
 
     def _signed(self, profile: Profile, days: int, key: CertificatePublicKeyTypes) -> x509.Certificate:
         """A certificate, which is among those that can be revoked from here on."""
@@ -270,6 +286,11 @@ class Authority:
         certificate = builder.sign(self._key, hashes.SHA256())
         self.store.write(f"issued/{certificate.serial_number:x}.pem", to_pem(certificate))
         return certificate
+
+
+def _check_name(name: str, verb: str) -> None:
+    if not _NAME.fullmatch(name) or name in RESERVED:
+        raise CertificateError(f"{verb} certificate", f'"{name}" is no name for a file')
 
 
 def _certificate(store: Store, file: str) -> x509.Certificate:

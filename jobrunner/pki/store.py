@@ -5,8 +5,9 @@
     NAME.pem NAME.key   the newest certificate of a name
     issued/SERIAL.pem   every certificate that was issued
 
-A renewed pair is two files. Order: both are written as `.next`, then the certificate is renamed, then the key; `locked` ends
-what a crash left between the two, so that certificate and key belong together once nobody writes.
+A renewed pair is two files. Order: the certificate is written as `.next`, then the key, then the certificate is renamed, then the
+key. So a `.next` key without such a certificate is whole, and that of the certificate in place; `locked` ends what a crash left, so
+that certificate and key belong together once nobody writes.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class Store:
 
     def write_pair(self, name: str, certificate: bytes, key: bytes) -> None:
         """See the module for the order."""
-        self._write_next(f"{name}.key", key, PRIVATE)
         self._write_next(f"{name}.pem", certificate, PUBLIC)
+        self._write_next(f"{name}.key", key, PRIVATE)
         for file in (f"{name}.pem", f"{name}.key"):
             os.replace(self.path(file + NEXT), self.path(file))  # noqa: PTH105
         self._sync()
@@ -107,7 +108,8 @@ class Store:
 
     def _finish(self) -> None:
         """A key whose certificate has been renamed already is renamed too; anything else that is half-written is dropped."""
-        for path in self.directory.glob(f"*{NEXT}"):
+        # Order: keys first, while it can be seen whether their certificates are beside them.
+        for path in sorted(self.directory.glob(f"*{NEXT}")):
             target = path.with_name(path.name.removesuffix(NEXT))
             certificate = target.with_suffix(".pem")
             if target.suffix == ".key" and not certificate.with_name(certificate.name + NEXT).exists() and certificate.exists():

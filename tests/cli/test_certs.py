@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -244,3 +247,81 @@ def test_help_loads_no_cryptography() -> None:
     code = "import sys\n"
     code += "from jobrunner_cli.main import run\nassert run(['certs', '--help']) == 0\nassert 'cryptography' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30, stdout=subprocess.DEVNULL)
+
+
+def pair_fits(ca: Path, name: str) -> bool:
+    public = openssl("pkey", "-in", ca / f"{name}.key", "-pubout")
+    return "PUBLIC KEY" in public and public == openssl("x509", "-in", ca / f"{name}.pem", "-noout", "-pubkey")
+
+
+@pytest.mark.parametrize("calls", range(12))
+def test_a_pair_fits_wherever_its_renewal_was_cut_short(ca: Path, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """A crash before any of the steps on the directory; a key that is written is half there."""
+    assert certs(ca, "issue", "admin", "alice") == 0
+    left = calls
+
+    class Crash(BaseException):
+        pass
+
+    def step(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def do(*words: Any, **how: Any) -> Any:
+            nonlocal left
+            if left == 0:
+                raise Crash
+            left -= 1
+            return real(*words, **how)
+
+        return do
+
+    with monkeypatch.context() as patched:
+        for name in ("fsync", "replace", "fchmod"):
+            patched.setattr(f"jobrunner.pki.store.os.{name}", step(name))
+        with Authority.opened(ca) as authority, suppress(Crash):
+            authority.renew("alice")
+    (ca / "leftover.key.next").write_text("")
+    with Authority.opened(ca):
+        pass
+    assert pair_fits(ca, "alice")
+    assert list(ca.glob("*.next")) == []
+
+
+def test_the_ca_is_not_renewed_as_if_it_were_a_client(ca: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = (ca / "ca.key").read_bytes()
+    assert certs(ca, "renew", "ca", "--days", "1") == 81
+    assert certs(ca, "renew", "../certs/ca", "--days", "1") == 81
+    assert 'cannot renew certificate: "ca" is no name for a file' in capfd.readouterr().err
+    assert (ca / "ca.key").read_bytes() == before
+
+
+def test_a_key_beside_its_request_is_kept_and_another_goes(ca: Path, tmp_path: Path) -> None:
+    csr = request(tmp_path)
+    own = (tmp_path / "own.key").read_bytes()
+    (ca / "dora.key").write_bytes(own)
+    assert certs(ca, "issue", "admin", "dora", "--csr", str(csr)) == 81
+    assert certs(ca, "issue", "admin", "dora", "--csr", str(csr), "--force") == 0
+    assert (ca / "dora.key").read_bytes() == own and pair_fits(ca, "dora")
+    assert certs(ca, "issue", "admin", "dora", "--csr", str(request(tmp_path)), "--force") == 0
+    assert not (ca / "dora.key").exists()
+
+
+def test_a_key_that_is_revoked_or_a_stranger_s_is_not_certified_again(
+    ca: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert certs(ca, "issue", "admin", "carol", "--csr", str(request(tmp_path))) == 0
+    assert certs(ca, "revoke", "carol") == 0
+    new = ("-x509", "-nodes", "-newkey", "rsa:2048", "-subj", "/OU=admin/CN=eve")
+    openssl("req", *new, "-keyout", tmp_path / "eve.key", "-out", ca / "eve.pem")
+    held = (ca / "carol.pem").read_bytes()
+    assert certs(ca, "renew", "carol") == 81
+    assert certs(ca, "renew", "eve") == 81
+    assert (ca / "carol.pem").read_bytes() == held
+    told = capfd.readouterr().err
+    assert "cannot renew carol: its certificate is revoked" in told
+    assert "cannot renew eve: its certificate was not issued here" in told
+
+
+def test_a_request_that_does_not_end_is_not_read_to_its_end(ca: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert certs(ca, "issue", "admin", "x", "--csr", "/dev/zero") == 81
+    assert capfd.readouterr().err == "jobrunner: cannot read request /dev/zero: it is longer than 65536 bytes\n"

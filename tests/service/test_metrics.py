@@ -132,14 +132,17 @@ async def test_many_that_come_at_once_have_few_places(tmp_path: Path, monkeypatc
     monkeypatch.setattr("jobrunner.server.exposition.SECONDS", 60.0)
     async with serving(tmp_path, **ON) as running, AsyncExitStack() as stack:
         host, _, port = running.metrics.rpartition(":")
-        readers = []
+        readers: list[asyncio.StreamReader] = []
         for _ in range(5):
             # As many as the kernel keeps for the server.
             for reader, writer in await asyncio.gather(*(asyncio.open_connection(host, int(port)) for _ in range(16))):
                 stack.callback(writer.close)
                 readers.append(reader)
-        ended = lambda: sum(reader.at_eof() or reader.exception() is not None for reader in readers)  # noqa: E731
-        await eventually(lambda: ended() >= len(readers) - MAX_CONNECTIONS, 20)
+
+        def few_are_left() -> bool:
+            return sum(not reader.at_eof() and reader.exception() is None for reader in readers) <= MAX_CONNECTIONS
+
+        await eventually(few_are_left, 20)
         assert (await samples(running))["jobrunner_connections",] == 0
 
 

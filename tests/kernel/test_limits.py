@@ -212,7 +212,7 @@ async def test_a_flood_of_output_is_paid_for_by_the_job(tmp_path: Path) -> None:
     assert used.wall is not None
     assert used.cpu_user + used.cpu_system < 0.15 * used.wall  # the rest of the 0.2 is what its shim, which copies, has used
     assert used.throttled is not None
-    assert used.throttled > 1
+    assert used.throttled > 0
 
 
 @pytest.fixture

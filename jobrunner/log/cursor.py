@@ -168,6 +168,8 @@ class Cursor:
             return Step.UNTIL
         if self.until is not None and record.kind == DATA and record.time_ns >= self.until:
             return Step.UNTIL
+        if record.end > self.offset and (record.kind != DATA or record.stream not in STREAMS):
+            return self._miss(record)  # it is damaged: what it covers is nobody's
         if not self._is_wanted(record):
             self.offset, self._number = max(self.offset, record.end), self._number + 1
             return Step.MOVED

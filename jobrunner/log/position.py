@@ -158,9 +158,11 @@ class _Window:
         self._segment = segment
         self._offset = 0
         self._data = b""
+        self._end = segment.data_end()
 
     def backwards(self, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
-        """Bytes `first` to `stop` in pieces, the last one first: offset and bytes."""
+        """Bytes `first` to `stop` in pieces, the last one first: offset and bytes. A damaged index covers more."""
+        first, stop = max(first, self._segment.base), min(stop, self._end)
         while stop > first:
             if not self._offset < stop <= self._offset + len(self._data):
                 self._offset = max(self._segment.base, stop - SCAN)

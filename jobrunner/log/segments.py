@@ -155,6 +155,10 @@ class Segment:
                 yield (page[number - 1].end if number else self.base), page[number]
             stop = start
 
+    def data_end(self) -> int:
+        """The offset after the last byte that is there now."""
+        return self.base + os.fstat(self._data).st_size
+
     def data(self, offset: int, size: int, nowait: bool) -> bytes:
         """Bytes of the log at an offset; what the index covers is there in full."""
         return read_at(self._data, size, offset - self.base, nowait)

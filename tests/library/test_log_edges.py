@@ -14,7 +14,7 @@ from jobrunner.errors import JobNotFound
 from jobrunner.log import ChunkCache
 from jobrunner.log.chunks import BLOCK, LARGE
 from jobrunner.log.cursor import PASSES
-from jobrunner.log.segments import DATA, RECORD
+from jobrunner.log.segments import DATA, RECORD, Record
 from jobrunner.output import MAX_LINE, Chunk, Line, OutputReader, Selection
 from tests.library.test_log_reader import Owner, collect, open_log, text
 from tests.support.logwriter import LogWriter
@@ -218,3 +218,31 @@ async def test_a_log_that_was_removed_before_it_is_read_is_not_found(tmp_path: P
         async with log.reader(selection) as reader:
             with pytest.raises(JobNotFound), fail_after(5):
                 await anext(reader)
+
+
+@pytest.mark.parametrize("number", [0, 3, 5])
+@pytest.mark.parametrize(
+    "damage",
+    [{"end": 0}, {"end": 1 << 40}, {"end": 1 << 62}, {"kind": 2}, {"kind": 7}, {"stream": 9}],
+    ids=["end-before-the-segment", "end-far-ahead", "end-past-any-log", "no-data", "unknown-kind", "unknown-stream"],
+)
+async def test_a_damaged_record_hides_nothing_silently_and_holds_nobody_up(
+    tmp_path: Path, damage: dict[str, int], number: int
+) -> None:
+    writer = LogWriter(tmp_path / "log")
+    writer.write("stderr", b"first\n" * 9)
+    writer.new_segment()
+    for line in range(6):
+        writer.write("stderr" if line % 2 else "stdout", b"%d\n" % line * 50, after_ns=60 * MS)
+    raw = bytearray(writer.index.read_bytes())
+    record = Record(*RECORD.unpack_from(raw, number * RECORD.size))._replace(**damage)
+    RECORD.pack_into(raw, number * RECORD.size, *record)
+    writer.index.write_bytes(raw)
+    for selection in ({}, {"offset": 60}):
+        at = selection.get("offset", 0)
+        for part in await read(writer, follow=False, **selection):
+            assert at == (part.first if isinstance(part, Gap) else part.offset)
+            at = part.last + 1 if isinstance(part, Gap) else part.next_offset
+        assert at >= writer.offset or (damage, number) == ({"end": 0}, 5), "the last record alone says where a log ends"
+    for streams in (frozenset(Stream), frozenset({Stream.STDERR})):
+        await read(writer, tail=400, streams=streams)

@@ -15,7 +15,14 @@ import anyio
 from grpclib.client import Channel, Handler
 from grpclib.config import Configuration
 from grpclib.protocol import EventsProcessor, H2Protocol
-from h2.events import ConnectionTerminated, StreamEnded, UnknownFrameReceived
+from h2.events import (
+    AlternativeServiceAvailable,
+    ConnectionTerminated,
+    DataReceived,
+    InformationalResponseReceived,
+    StreamEnded,
+    UnknownFrameReceived,
+)
 from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes
 
@@ -86,14 +93,16 @@ class ClientProtocol(H2Protocol, asyncio.BufferedProtocol):
         super().connection_made(transport)
         self.transport = transport
         h2 = self.connection._connection
-        h2.update_settings({SettingCodes.MAX_FRAME_SIZE: MAX_FRAME})
+        h2.update_settings({SettingCodes.MAX_FRAME_SIZE: MAX_FRAME, SettingCodes.ENABLE_PUSH: 0})
         # h2 applies the new size only after the bytes that hold the server's acknowledgement: a large frame in the same
         # read would be refused.
         h2.max_inbound_frame_size = MAX_FRAME
         self.connection.flush()
-        # RFC 9113 section 4.1: frames of unknown types are ignored; grpclib would raise.
+        # RFC 9113 sections 4.1 and 8.1, RFC 7838 section 4: these may be ignored; grpclib would raise.
         processors: dict[type, Any] = self.processor.processors
-        processors[UnknownFrameReceived] = lambda event: None
+        for kind in (UnknownFrameReceived, InformationalResponseReceived, AlternativeServiceAvailable):
+            processors[kind] = lambda event: None
+        processors[DataReceived] = self._data_received
         processors[StreamEnded] = self._stream_ended
         self._ack = self.connection.ack
         cast("Any", self.connection).ack = self._ack_if_open
@@ -123,6 +132,11 @@ class ClientProtocol(H2Protocol, asyncio.BufferedProtocol):
         except ProtocolError as exc:
             self.processor.close(f"Protocol error: {exc}")
 
+    def _data_received(self, event: DataReceived) -> None:
+        """A frame without a byte is no end of the answer (RFC 9113 section 6.1), as grpclib has it."""
+        if event.flow_controlled_length:
+            self.processor.process_data_received(event)
+
     def _stream_ended(self, event: StreamEnded) -> None:
         """A call whose answer is here to its end has nothing to fear from the connection any more.
 
@@ -131,7 +145,12 @@ class ClientProtocol(H2Protocol, asyncio.BufferedProtocol):
         """
         self.processor.process_stream_ended(event)
         stream = self.processor.streams.get(event.stream_id)
-        if stream is not None and not stream.closable:  # both sides have ended it, so nothing in it waits for the server
+        if stream is None:
+            return
+        if stream.trailers is None and "grpc-status" not in dict(stream.headers or ()):  # it has no status, so nobody waits for one
+            stream.trailers = []
+            stream.trailers_received.set()
+        if not stream.closable:  # both sides have ended it, so nothing in it waits for the server
             stream.wrapper = None
 
     def _ack_if_open(self, stream_id: int, size: int) -> None:

@@ -15,6 +15,7 @@ from jobrunner.errors import InternalError, JobNotFound, OffsetOutOfRange, Unava
 from jobrunner.output import Chunk, End
 from jobrunner.wire.convert import output_to_wire
 from jobrunner.wire.status import error_to_wire
+from tests.support.http2 import framed
 from tests.support.peer import Output, peer_client
 
 if TYPE_CHECKING:
@@ -240,3 +241,54 @@ async def test_an_unexpected_error_of_the_server_is_internal(tmp_path: Path) -> 
         async with peer_client(tmp_path, output=answer) as (client, _), client.get(JOB).log() as reader:
             with pytest.raises(InternalError, match=f"cannot read log of job {JOB}: Internal Server Error"):
                 await anext(reader)
+
+
+def raw_answer(*frames: bytes, status: bool = True) -> Any:
+    """An answer whose DATA frames have these bytes; without a status its last frame ends it."""
+
+    async def answer(stream: Output) -> None:
+        await stream.recv_message()
+        await stream.send_initial_metadata()
+        connection, number = stream._stream.connection, stream._stream.id or 0
+        for data in frames:
+            connection._connection.send_data(number, data, end_stream=not status and data is frames[-1])
+            connection.flush()
+        if status:
+            await stream.send_trailing_metadata()
+        else:
+            await anyio.sleep_forever()
+
+    return answer
+
+
+async def test_frames_without_a_byte_end_nothing(tmp_path: Path) -> None:
+    message, end = (framed(bytes(output_to_wire(part))) for part in (chunk(b"abc", 0), End(3)))
+    frames = [b"", message[:3], b"", message[3:9], b"", message[9:], b"", b"", end, b""]
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=raw_answer(*frames)) as (client, _), client.get(JOB).log() as reader:
+            assert [part async for part in reader] == [chunk(b"abc", 0)]
+            assert reader.end == End(3)
+
+
+@pytest.mark.parametrize("cut", [3, 9, None], ids=["in-a-prefix", "in-a-message", "between-messages"])
+async def test_an_answer_that_ends_without_a_status_is_an_error_and_not_waited_for(tmp_path: Path, cut: int | None) -> None:
+    message = framed(bytes(output_to_wire(chunk(b"abc", 0))))
+    answer = raw_answer(message[:cut], status=False)
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=answer) as (client, _), client.get(JOB).log() as reader:
+            with pytest.raises(InternalError, match="Missing grpc-status"):
+                _ = [part async for part in reader]
+
+
+async def test_what_a_server_may_say_besides_is_passed_over(tmp_path: Path) -> None:
+    """An alternative service (RFC 7838)."""
+
+    async def answer(stream: Output) -> None:
+        connection = stream._stream.connection
+        connection._connection.advertise_alternative_service(b'h2=":1"', origin=b"https://localhost")
+        connection.flush()
+        await sends(chunk(b"abc", 0), End(3))(stream)
+
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=answer) as (client, _), client.get(JOB).log() as reader:
+            assert [part async for part in reader] == [chunk(b"abc", 0)]

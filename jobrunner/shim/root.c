@@ -144,6 +144,19 @@ static int make_root(const struct plan *plan, struct report *why)
 	return result == 0 ? root : -1;
 }
 
+/* Whether something is mounted over it: `..` of a root leads there. -1 if nobody can tell. */
+static int is_covered(int root)
+{
+	struct statx own, above;
+	if (statx(root, "", AT_EMPTY_PATH, STATX_MNT_ID, &own) != 0 || statx(root, "..", 0, STATX_MNT_ID, &above) != 0)
+		return -1;
+	if (!(own.stx_mask & above.stx_mask & STATX_MNT_ID)) {
+		errno = ENOSYS;
+		return -1;
+	}
+	return own.stx_mnt_id != above.stx_mnt_id;
+}
+
 /*
  * Enter it, and let go of the host's. Where pivot_root(2) is not allowed (a filter of a container's) or not possible (the root is the
  * kernel's first file system, which nothing is below) the host's root stays mounted under the job's own: out of reach without a
@@ -151,11 +164,15 @@ static int make_root(const struct plan *plan, struct report *why)
  */
 int enter_root(int root, struct report *why)
 {
+	int covered;
 	if (fchdir(root) != 0)
 		return fail(why, "pivot", errno, "");
 	if (syscall(SYS_pivot_root, ".", ".") == 0) {
-		/* Order: both are on "/" now, the old one above; what is unmounted by "." is that. */
-		if (syscall(SYS_umount2, ".", 2 /* MNT_DETACH */) != 0)
+		/* Order: all that was on "/" is above it now, the last one topmost: an overlay's layers, and then the host's root. */
+		while ((covered = is_covered(root)) > 0)
+			if (syscall(SYS_umount2, ".", 2 /* MNT_DETACH */) != 0)
+				return fail(why, "pivot", errno, "the old root");
+		if (covered < 0)
 			return fail(why, "pivot", errno, "the old root");
 	} else if ((errno != EPERM && errno != EINVAL) || chroot(".") != 0) {
 		return fail(why, "pivot", errno, "");

@@ -42,6 +42,9 @@ async def entered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def mark(tmp_path: Path) -> str:
+    """Everybody on the host can see it: where a job does not, that is its root's doing, and not its uid's."""
+    for directory in (tmp_path, *tmp_path.parents[:2]):
+        directory.chmod(directory.stat().st_mode | 0o055)
     path = tmp_path / "mark"
     path.touch()
     return str(path)
@@ -62,6 +65,7 @@ async def test_what_holds_when_nothing_else_does(entered: tuple[str, Arena], mar
     how, arena = entered
     for name in ("climb", "break_out"):
         assert (await arena.attack("roots", name, mark, without=NO_PROTECTION)).text == "refused: not there"
+        assert (await arena.attack("roots", name, mark, without=NO_PROTECTION, writable=True)).text == "refused: not there"
     without = await arena.attack("roots", "uncover", mark, without=NO_PROTECTION)
     if how == "pivot_root":
         assert without.word == "refused"

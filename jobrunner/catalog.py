@@ -110,7 +110,7 @@ class Catalog:
 
     async def _drop(self, entries: list[Entry], now: float) -> None:
         try:
-            await anyio.to_thread.run_sync(self._drop_now, entries, now)
+            await anyio.to_thread.run_sync(self._drop_now, entries, now, limiter=self._runner.walks)
         except OSError as exc:
             there = [entry for entry in entries if os.path.lexists(self._runner.state.directory(entry.job_id))]
             for entry in there:

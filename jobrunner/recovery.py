@@ -176,7 +176,7 @@ async def _left(runner: JobRunner, job: RunnerJob) -> Left:
 async def _give_back(runner: JobRunner, job_id: str, uid: int) -> None:
     """The job's uid is free once nothing is left that belongs to it. Not before the end is told: there may be much of it."""
     try:
-        await anyio.to_thread.run_sync(runner.state.reown, job_id)
+        await anyio.to_thread.run_sync(runner.state.reown, job_id, limiter=runner.walks)
     except OSError as exc:
         logger.error("cannot take over the work directory of job %s: %s; its uid stays taken", job_id, exc)
         return
@@ -225,7 +225,7 @@ def _load_requests(runner: JobRunner) -> None:
 async def tidy(runner: JobRunner, found: Found) -> None:
     """What servers before this one were at: removals, and work directories on their way to root."""
     for name, uid in found.removed.items():
-        if await anyio.to_thread.run_sync(runner.state.remove_for_good, name):
+        if await anyio.to_thread.run_sync(runner.state.remove_for_good, name, limiter=runner.walks):
             runner.identities.give_back(uid)
     for job_id, uid in found.leaving.items():
         await _give_back(runner, job_id, uid)

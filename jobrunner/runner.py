@@ -79,6 +79,8 @@ class JobRunner:
         keeper, *uids = split(*config.job_uids)
         self.identities = Identities(*uids)
         self.looks = places.Looks()
+        self.walks = anyio.CapacityLimiter(8)
+        """Threads for trees that jobs have made, however large: starts never wait for these."""
         self.workspaces = Workspaces(state, keeper, config.workspaces_per_user, config.workspace_size)
         self.host = host_facts()
         self.chunks = ChunkCache()
@@ -252,12 +254,12 @@ class JobRunner:
 
     async def list_workspaces(self) -> Sequence[Workspace]:
         """The directories that are kept, of all users."""
-        return await anyio.to_thread.run_sync(self.workspaces.list)
+        return await anyio.to_thread.run_sync(self.workspaces.list, limiter=self.walks)
 
     async def remove_workspace(self, user: str, name: str) -> None:
         """Remove one that no job has. Raises InvalidRequest."""
         self.workspaces.claim(user, name)
-        await self.finish(anyio.to_thread.run_sync(self.workspaces.remove, user, name))
+        await self.finish(anyio.to_thread.run_sync(self.workspaces.remove, user, name, limiter=self.walks))
 
     def _new_id(self) -> str:
         while True:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from jobrunner import JobSpec, StartFailed, sandbox
@@ -181,3 +183,22 @@ def test_a_later_stop_shortens_the_grace_period_and_nothing_else(tmp_path: Path)
     state.write_stop("0123456789ab", StopRequest(reason="shutdown", signal=2, grace=60, by="second"))
     assert state.read_stop("0123456789ab") == StopRequest(reason="stopped", signal=15, grace=0.5, by="first")
     state.close()
+
+
+async def test_trees_that_take_for_ever_to_take_over_keep_no_start_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the server has threads for everything else."""
+    done = threading.Event()
+    take_over = StateDir.reown
+
+    def slowly(state: StateDir, job_id: str) -> None:
+        done.wait()
+        take_over(state, job_id)
+
+    monkeypatch.setattr(StateDir, "reown", slowly)
+    async with open_runner(tmp_path) as runner:
+        try:
+            for _ in range(int(anyio.to_thread.current_default_thread_limiter().total_tokens)):
+                await run(runner, JobSpec("true"))
+            await run(runner, JobSpec("true"), seconds=10)
+        finally:
+            done.set()

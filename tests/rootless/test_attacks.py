@@ -6,11 +6,12 @@ What keeps it from both is tried here with it; what only root's jobs have more o
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import pytest
 
 from jobrunner import Limits
-from tests.hostile.arena import Arena, program
+from tests.hostile.arena import Arena, outside, program
 from tests.hostile.inside.base import REFUSED
 from tests.rootless import GIVEN
 
@@ -102,6 +103,14 @@ async def test_records_of_others_are_not_there(arena: Arena) -> None:
     assert b"SECRET" in record.read_bytes()
     assert (await arena.attack("files", "read", str(record), "SECRET")).text == "refused: ENOENT"
     assert (await arena.attack("files", "read", str(record), "SECRET", without=["root", "mask"])).word == "succeeded"
+
+
+async def test_nothing_above_the_root_can_be_reached(arena: Arena, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    mark.touch()
+    for writable in (False, True):
+        assert (await arena.attack("roots", "climb", str(mark), writable=writable)).text == "refused: not there", writable
+    assert outside("roots", "climb", str(mark)).startswith("succeeded")
 
 
 @pytest.mark.given("cgroups")

@@ -141,7 +141,7 @@ class Cursor:
         self.close()
         self._segment, self._number = segment, 0
         record = segment.record(0, nowait=False) if first < segment.base else None
-        if first == segment.base or (record is not None and self._is_too_early(record)):
+        if first >= segment.base or (record is not None and self._is_too_early(record)):
             return Step.MOVED
         if record is None or record.kind != GAP:
             return Gap(first, segment.base - 1, "dropped")
@@ -169,7 +169,7 @@ class Cursor:
         if self.until is not None and record.kind == DATA and record.time_ns >= self.until:
             return Step.UNTIL
         if record.end > self.offset and (record.kind != DATA or record.stream not in STREAMS):
-            return self._miss(record)  # it is damaged: what it covers is nobody's
+            return self._miss(segment, record)  # it is damaged: what it covers is nobody's
         if not self._is_wanted(record):
             self.offset, self._number = max(self.offset, record.end), self._number + 1
             return Step.MOVED
@@ -177,7 +177,7 @@ class Cursor:
             self.offset = max(self.offset, self.begin.of(STREAMS[record.stream]))
         chunk, number = self._cached(segment, record, nowait)
         if not chunk.data:
-            return self._miss(record)
+            return self._miss(segment, record)
         self.offset, self._number = chunk.next_offset, number
         return chunk
 
@@ -198,11 +198,19 @@ class Cursor:
                 self._cache.put(job_id, *entry, block, exact)
         return entry
 
-    def _miss(self, record: Record) -> Gap:
-        """The index covers what is not there: the host crashed before the bytes were on disk, and after the index was."""
-        first, self.offset = self.offset, record.end
-        self._number += 1
-        return Gap(first, record.end - 1, "lost")
+    def _miss(self, segment: Segment, record: Record) -> Gap | Step:
+        """The index covers what is not there: the host crashed before the bytes were on disk, and after the index was.
+
+        Or it is damaged, and says too much: not more is believed than what comes after it leaves room for.
+        """
+        first, self._number = self.offset, self._number + 1
+        later = [base for base in list_segments(self._directory) if base > segment.base]
+        if later and later[0] <= first:
+            return Step.MOVED
+        following = segment.record(self._number, nowait=False)
+        ends = [record.end, *([following.end] if following else []), *later]
+        self.offset = min(end for end in ends if end > first)
+        return Gap(first, self.offset - 1, "lost")
 
     def _leave(self, segment: Segment, nowait: bool) -> Gap | Step:
         """No further record here: go on in the segment after this one, if there is one."""

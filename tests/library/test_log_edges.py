@@ -220,6 +220,7 @@ async def test_a_log_that_was_removed_before_it_is_read_is_not_found(tmp_path: P
                 await anext(reader)
 
 
+@pytest.mark.parametrize("last", [True, False], ids=["last-segment", "segment-between"])
 @pytest.mark.parametrize("number", [0, 3, 5])
 @pytest.mark.parametrize(
     "damage",
@@ -227,22 +228,27 @@ async def test_a_log_that_was_removed_before_it_is_read_is_not_found(tmp_path: P
     ids=["end-before-the-segment", "end-far-ahead", "end-past-any-log", "no-data", "unknown-kind", "unknown-stream"],
 )
 async def test_a_damaged_record_hides_nothing_silently_and_holds_nobody_up(
-    tmp_path: Path, damage: dict[str, int], number: int
+    tmp_path: Path, damage: dict[str, int], number: int, last: bool
 ) -> None:
     writer = LogWriter(tmp_path / "log")
     writer.write("stderr", b"first\n" * 9)
     writer.new_segment()
     for line in range(6):
         writer.write("stderr" if line % 2 else "stdout", b"%d\n" % line * 50, after_ns=60 * MS)
-    raw = bytearray(writer.index.read_bytes())
+    raw, index = bytearray(writer.index.read_bytes()), writer.index
     record = Record(*RECORD.unpack_from(raw, number * RECORD.size))._replace(**damage)
     RECORD.pack_into(raw, number * RECORD.size, *record)
-    writer.index.write_bytes(raw)
+    index.write_bytes(raw)
+    if not last:
+        writer.new_segment()
+        writer.write("stdout", b"last\n" * 9)
     for selection in ({}, {"offset": 60}):
         at = selection.get("offset", 0)
         for part in await read(writer, follow=False, **selection):
-            assert at == (part.first if isinstance(part, Gap) else part.offset)
-            at = part.last + 1 if isinstance(part, Gap) else part.next_offset
-        assert at >= writer.offset or (damage, number) == ({"end": 0}, 5), "the last record alone says where a log ends"
+            first, at = at, part.last + 1 if isinstance(part, Gap) else part.next_offset
+            assert first == (part.first if isinstance(part, Gap) else part.offset) and first < at
+        assert at >= writer.offset or (damage, number, last) == ({"end": 0}, 5, True), "the last record alone says where a log ends"
+        assert at == writer.offset or last
     for streams in (frozenset(Stream), frozenset({Stream.STDERR})):
         await read(writer, tail=400, streams=streams)
+        assert all(part.first <= part.last for part in await read(writer, streams=streams) if isinstance(part, Gap))

@@ -1,14 +1,14 @@
 """What becomes of those who connect and call, told in one place: to the server's log, the audit log and the metrics alike.
 
-    handshake  one that failed              denied   a call that its caller may not make, before its answer
+    handshake  one that failed              denied   a call that its caller may not make, or that is none, before its answer
     refused    by a bound                   allowed  a call, before anything of it is done
     cut        the end of a connection      done     that call, before its answer, or at the end of an answer that is a stream
 
 `allowed` and `done` have the number of the call. While the audit log cannot be written, calls that change something (those that
 only admins may make) are refused; what only looks goes on.
 
-A flood of handshakes, refusals and cuts is not a flood of lines: past some of one peer, and some of all, they are counted, and one
-line tells how many were (`times`). The metrics count each. Denials and calls are always told one by one: their rate is bounded.
+A flood of handshakes, refusals, cuts and requests that are no calls is not a flood of lines: past some of one peer, and some of
+all, they are counted, and one line tells how many were (`times`). Calls and their denials are always told: their rate is bounded.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 LINES_PER_PEER, LINES = 1.0, 50.0
 """In a second, of one user or address, and of all; BURST seconds' worth at once (`limits`)."""
+MAX_TEXT = 256
+"""Characters of what a peer has sent."""
 SUM_UP = 10.0
 """Seconds after which those that were not told one by one are told."""
 
@@ -102,6 +104,18 @@ class Account:
     def denied(self, who: dict[str, str], rpc: str, status: Status, reason: str) -> None:
         self.metrics.call(rpc, status.name)
         self.audit.write("denied", **who, rpc=rpc, reason=reason)
+
+    def no_call(self, who: dict[str, str], rpc: str, reason: str) -> None:
+        """A request that is malformed, or of an RPC that there is not."""
+        reason = reason[:MAX_TEXT]
+        self._tell(
+            "denied",
+            who.get("user", ""),
+            f"denied {rpc[:MAX_TEXT]!r} to {_peer(who)}: {reason}",
+            **who,
+            rpc=rpc[:MAX_TEXT],
+            reason=reason,
+        )
 
     def begin(self, who: dict[str, str], rpc: str, *, changes: bool, unary: bool) -> AuditedCall:
         """A call that is let through, before anything of it is done. Unavailable if it changes something and cannot be written."""

@@ -14,7 +14,6 @@ What is bounded of one call is in `stream`; how much one user may do in a second
 from __future__ import annotations
 
 import asyncio
-import logging
 import ssl
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -41,8 +40,6 @@ from jobrunner.server.tcp import address_of
 from jobrunner.server.turns import Turns
 
 __all__ = ["CONFIGURATION", "MAX_UNSENT", "ServerConnection", "ServerPeer", "ServerProtocol", "Shared"]
-
-logger = logging.getLogger(__name__)
 
 CONFIGURATION = Configuration(
     _keepalive_time=20,
@@ -285,8 +282,11 @@ class ServerProtocol(H2Protocol):
             return
         stream = ServerStream(self.connection, event.stream_id, bounds)
         stream.refusal = self._refusal(headers)
+        path = dict(headers).get(":path", "")
         if stream.refusal is not None:
             account.refused(self.who(), stream.refusal.bound, stream.refusal.reason)
+        elif path not in self.handler.mapping:
+            account.no_call(self.who(), path, "there is no such RPC")
         release_stream = self.processor.register(stream)
         self.shared.began(self.user)
         counted = True
@@ -323,7 +323,7 @@ class ServerProtocol(H2Protocol):
             self._malformed(event.stream_id, exc)
 
     def _malformed(self, stream_id: int, exc: ProtocolError) -> None:
-        logger.info("a call of %s is malformed: %s", self.who()["address"], exc)
+        self.shared.account.no_call(self.who(), "", f"the request is malformed: {exc}")
         if stream_id in self.http2.streams:
             self.http2.reset_stream(stream_id, ErrorCodes.PROTOCOL_ERROR)
         stream = self.processor.streams.get(stream_id)

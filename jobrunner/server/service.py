@@ -41,6 +41,8 @@ PACKAGED = "/jobrunner.v1.JobService/"
 ORIGINAL = "/JobService/"
 LANES = 2
 """Lists, and searches of a log for its last lines or for a time, that are made for one user at once."""
+STARTS = 16
+"""Starts that are made for one user at once: enough for the cores of a large host, and another user's start waits for few."""
 SENDS = 8
 """Parts of output that are sent to the followers of one user in a turn of the event loop: some milliseconds."""
 ORIGINAL_CALLS = ("Start", "Stop", "QueryStatus", "SubscribeOutput")
@@ -58,7 +60,7 @@ class JobService(pb.JobServiceBase):
         self._draining = draining
         self._metrics = metrics
         self._followers = Counted("max_followers_per_job", max_followers_per_job)
-        self._lists, self._searches = Lanes(LANES), Lanes(LANES)
+        self._lists, self._searches, self._starts = Lanes(LANES), Lanes(LANES), Lanes(STARTS)
         self._sends = Gate(SENDS)
 
     def __mapping__(self) -> dict[str, Handler]:
@@ -72,9 +74,10 @@ class JobService(pb.JobServiceBase):
         return mapping | {ORIGINAL + name: mapping[PACKAGED + name] for name in ORIGINAL_CALLS}
 
     async def start(self, message: pb.JobStartRequest) -> pb.JobStartResponse:
-        begun = time.monotonic()
+        begun, user = time.monotonic(), current_identity().user
         try:
-            job = await self._runner.start(spec_from_wire(message), user=current_identity().user)
+            async with self._starts.one(user):
+                job = await self._runner.start(spec_from_wire(message), user=user)
         except JobRemoved as exc:  # it was started, and once is what was asked for
             return pb.JobStartResponse(job_id=exc.job_id)
         self._metrics.starts.observe(time.monotonic() - begun)

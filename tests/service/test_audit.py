@@ -224,3 +224,26 @@ def processes() -> list[str]:
         except OSError:
             continue
     return found
+
+
+async def test_requests_that_are_no_calls_are_denied_and_a_flood_of_them_is_counted(tmp_path: Path) -> None:
+    log = tmp_path / "audit.jsonl"
+    async with serving(tmp_path, audit_log=log) as running, raw_peer(running) as peer:
+        assert (await peer.status(await peer.request("/jobrunner.v1.JobService/start", framed(b""))))[0] == "12"
+        (told,) = [json.loads(line) for line in log.read_text().splitlines()]
+        assert (told["event"], told["user"], told["rpc"], told["reason"]) == (
+            "denied",
+            "admin",
+            "/jobrunner.v1.JobService/start",
+            "there is no such RPC",
+        )
+        assert (await peer.status(await peer.request("/evil\x1b[2J", framed(b"")))) == ("12", "Method not found")
+        peer.h2.config.validate_outbound_headers = peer.h2.config.normalize_outbound_headers = False
+        for _ in range(40):
+            assert await peer.status(await peer.request(QUERY, framed(b""), headers=(("connection", "close"),))) == ("", "")
+        running.server.account.sum_up()
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {line["event"] for line in told} == {"denied"}
+    assert told[2]["reason"].startswith("the request is malformed: ")
+    assert len(told) < 30
+    assert sum(line.get("times", 1) for line in told) == 42

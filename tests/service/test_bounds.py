@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import grpc
 import pytest
 from h2.errors import ErrorCodes
@@ -15,6 +16,7 @@ from jobrunner.client import JobClient
 from jobrunner.errors import LimitReached
 from jobrunner.server.http2 import MESSAGES_HELD
 from jobrunner.server.limits import Bucket, Counted, Lanes, Rate
+from jobrunner.server.service import STARTS
 from tests.support.http2 import HEADERS, RawPeer, framed, raw_peer
 from tests.support.server import Running, eventually, failure, message, serving, start, subscribe, unary
 
@@ -301,3 +303,18 @@ async def test_who_follows_holds_its_message_as_long_as_it_follows(tmp_path: Pat
             await peer.request("/jobrunner.v1.JobService/SubscribeOutput", follow)
         await eventually(lambda: running.server._shared.held["admin"] > 8 * 1500)
         assert running.server._shared.held["admin"] <= MESSAGES_HELD * 2000
+
+
+async def test_of_one_user_s_starts_few_are_made_at_once(tmp_path: Path) -> None:
+    async with serving(tmp_path) as running, running.channel(running.pair("mallory", "admin")) as many, running.channel() as one:
+        most, under_way = 0, running.runner._starting
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3 * STARTS):
+                tasks.start_soon(start, many, "true")
+            await eventually(lambda: under_way["mallory"] == STARTS)
+            await start(one, "true")
+            assert running.server._calls(), "its start did not wait for all of theirs"
+            while running.server._calls():
+                most = max(most, under_way["mallory"])
+                await anyio.lowlevel.checkpoint()
+        assert 1 < most <= STARTS

@@ -221,10 +221,16 @@ static bool mount_point(const char *line, char point[PATH_MAX])
 /* An overlay shows what is under the mounts of its lower layer. So these are shown by themselves, in the order of mountinfo. */
 static int show_mounts_below(int root, const struct plan *plan, const char *path, const char *source, struct report *why)
 {
-	char top[PATH_MAX], point[PATH_MAX], place[PATH_MAX];
-	if (!realpath(source, top))
+	char top[PATH_MAX], point[PATH_MAX], place[PATH_MAX], link[32];
+	/* No link that it has become meanwhile: a named root may be a volume, which jobs write to. */
+	const int directory = open(source, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	snprintf(link, sizeof link, "/proc/self/fd/%d", directory);
+	const ssize_t size = directory < 0 ? -1 : readlink(link, top, sizeof top - 1);
+	if (size < 0)
 		return fail(why, "overlay", errno, source);
-	const size_t length = strlen(top);
+	close(directory);
+	top[size] = '\0';
+	const size_t length = (size_t)size;
 	for (const char *line = mounts; line; line = (line = strchr(line, '\n')) ? line + 1 : NULL) {
 		if (!mount_point(line, point) || strncmp(point, top, length) != 0 || point[length] != '/')
 			continue;

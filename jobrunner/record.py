@@ -14,6 +14,8 @@ from jobrunner.job import JobSpec, Limits, OutputPolicy
 __all__ = ["JobRecord", "RecordError", "fingerprint", "pack_record", "parse_record"]
 
 VERSION = 1
+PLAIN = {"str": str, "bool": bool, "int": int}
+"""Types of fields that JSON has as they are."""
 MAX_TIME = 253402300800.0
 """Seconds since the epoch of the year 10000, which no calendar of Python's has (datetime)."""
 
@@ -83,12 +85,17 @@ def parse_record(data: bytes, job_id: str) -> JobRecord:
         record = _from_json(raw)
     except RecordError:
         raise
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, JobRunnerError) as exc:
+    except (ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError, JobRunnerError) as exc:
         raise RecordError(f"it is damaged: {exc!r}") from exc
     if not 0 <= record.created < MAX_TIME:
         raise RecordError(f"it was created at {record.created}, which is no time")
     if record.job_id != job_id:
         raise RecordError(f"it is of job {record.job_id}")
+    for part in (record, record.spec):
+        for item in fields(part):
+            kind = PLAIN.get(str(item.type))
+            if kind is not None and not isinstance(getattr(part, item.name), kind):
+                raise RecordError(f"it is damaged: {item.name} is no {item.type}")
     return record
 
 
@@ -107,8 +114,8 @@ def _from_json(raw: dict[str, Any]) -> JobRecord:
         node=raw["node"],
         created=float(raw["created"]),
         fingerprint=raw["fingerprint"],
-        cgroup=raw["cgroup"],
-        missing=tuple(raw["missing"]),
+        cgroup={str(name): str(path) for name, path in raw["cgroup"].items()},
+        missing=tuple(map(str, raw["missing"])),
         uid=int(raw.get("uid", 0)),
         gid=int(raw.get("gid", raw.get("uid", 0))),
         work=raw.get("work") or ("memory" if raw["limits"].get("work_size") else "disk"),

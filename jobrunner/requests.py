@@ -136,4 +136,7 @@ def _parse(line: bytes) -> tuple[bytes, bytes, float] | None:
     words = text.decode("ascii", "replace").split(" ")
     if len(words) != 5 or words[0] != VERSION or checksum != b"%08x" % zlib.crc32(text) or not is_job_id(words[2]):
         return None
-    return bytes.fromhex(words[1]), bytes.fromhex(words[2]) + bytes.fromhex(words[3]), float(words[4])
+    try:
+        return bytes.fromhex(words[1]), bytes.fromhex(words[2]) + bytes.fromhex(words[3]), float(words[4])
+    except ValueError:
+        return None

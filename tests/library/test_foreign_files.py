@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import struct
@@ -360,3 +361,31 @@ async def test_a_state_directory_that_is_none_is_refused(tmp_path: Path, name: s
     with pytest.raises(HostError, match="cannot use state directory"):
         async with open_runner(tmp_path):
             pass
+
+
+async def test_a_record_of_other_types_hides_no_other_job(tmp_path: Path) -> None:
+    """JSON that parses, and has in one place after the other what is of no such type there."""
+    async with open_runner(tmp_path) as runner:
+        good, bad = await run(runner, JobSpec("true")), await run(runner, JobSpec("true", request_id="once"))
+    for part, name, value in (
+        ("", "user", 5),
+        ("", "node", {}),
+        ("", "fingerprint", 7),
+        ("", "work", ["x"]),
+        ("", "cgroup", ["x"]),
+        ("", "uid", float("inf")),
+        ("", "created", 10**400),
+        ("spec", "name", None),
+        ("spec", "writable", {}),
+    ):
+        path = tmp_path / "state" / "jobs" / bad.job_id / "job.json"
+        whole = json.loads(path.read_text())
+        (whole[part] if part else whole)[name] = value
+        before, _ = path.read_text(), path.write_text(json.dumps(whole))
+        async with open_runner(tmp_path) as runner:
+            assert [job.info() for job in await runner.list()] == [good], (part, name)
+        aside = tmp_path / "state" / "corrupt" / bad.job_id
+        assert "damaged" in aside.with_name(f"{bad.job_id}.why").read_text()
+        aside.rename(path.parent)
+        aside.with_name(f"{bad.job_id}.why").unlink()
+        path.write_text(before)

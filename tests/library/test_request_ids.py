@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -152,11 +153,12 @@ def test_damaged_lines_are_passed_over(tmp_path: Path, caplog: pytest.LogCapture
         ids.remember(key, fingerprint(ONCE), f"{number:012x}")
     ids.append(keys, time.time())
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + lines[1][:30] + b"\n\xff\xfe\n" + lines[2][:-3])
+    other = b"1 key 000000000000 fingerprint now"  # as nobody writes it, and with its checksum
+    path.write_bytes(lines[0] + lines[1][:30] + b"\n\xff\xfe\n%s %08x\n" % (other, zlib.crc32(other)) + lines[2][:-3])
     again = RequestIds(path)
     again.load()
     assert [again.find(key) is not None for key in keys] == [True, False, False]
-    assert "3 lines" in caplog.text
+    assert "4 lines" in caplog.text
     assert path.read_bytes() == lines[0]
 
 

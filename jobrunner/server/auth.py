@@ -40,6 +40,8 @@ class Identity:
     """Of the certificate, hexadecimal."""
 
 
+MAX_NAME = 64
+"""Characters of a common name: RFC 5280, ub-common-name. It is shown to others, also at their terminals."""
 EVERYONE = frozenset(Role)
 ADMINS = frozenset({Role.ADMIN})
 
@@ -104,6 +106,8 @@ def identify(certificate: Mapping[str, Any] | None, now: float) -> Identity:
     names = _attributes(certificate, "commonName")
     if len(names) != 1 or not names[0]:
         raise PermissionDenied(f"the client certificate has {len(names)} common names (CN), one is the user")
+    if len(names[0]) > MAX_NAME or not names[0].isprintable():
+        raise PermissionDenied(f"the client certificate's common name (CN) is not up to {MAX_NAME} characters that can be printed")
     return Identity(names[0], Role(units[0]), certificate["serialNumber"])
 
 

@@ -1,6 +1,6 @@
 """The server's own log, on standard error: lines for people, or JSON for programs.
 
-What comes from a peer stands in a line in a form that cannot pretend to be another line (`%r`, or JSON's own escapes).
+What comes from a peer cannot pretend to be another line, nor tell a terminal anything: what cannot be printed is escaped.
 """
 
 from __future__ import annotations
@@ -11,6 +11,15 @@ import sys
 from datetime import UTC, datetime
 
 __all__ = ["begin"]
+
+
+class _Text(logging.Formatter):
+    """One line, and a traceback below it if there is one."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        text = record.message
+        record.message = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+        return super().formatMessage(record)
 
 
 class _Json(logging.Formatter):
@@ -30,7 +39,6 @@ class _Json(logging.Formatter):
 
 def begin(level: str, form: str) -> None:
     """Log from here on, all that is at least this important."""
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    if form == "json":
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(_Json())
+    logging.basicConfig(level=level.upper(), stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Json() if form == "json" else _Text("%(asctime)s %(levelname)s %(name)s: %(message)s"))

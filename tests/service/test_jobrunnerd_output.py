@@ -143,3 +143,18 @@ def test_findings_as_json_have_four_texts() -> None:
     assert {finding["level"] for finding in found} <= {"ok", "limited", "missing"}
     names = [finding["name"] for finding in found]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_log_line_stays_one_whatever_a_peer_says(form: str) -> None:
+    code = """
+import logging, sys
+from jobrunner.server import logs
+logs.begin("info", sys.argv[1])
+logging.getLogger("x").warning("denied %s", "ev\\u00e9\\n2026-01-01 INFO x: all is well\\x1b[2J\\x85\\u2028")
+"""
+    done = subprocess.run([sys.executable, "-c", code, form], capture_output=True, timeout=60, check=False)
+    told = done.stderr.decode()
+    assert (done.returncode, len(told.splitlines())) == (0, 1)
+    assert told.endswith("\n") and told[:-1].isprintable()
+    assert form == "text" or json.loads(told)["message"].endswith("\u2028")

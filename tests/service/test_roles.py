@@ -204,3 +204,11 @@ async def _answer(channel: grpc.aio.Channel, rpc: str) -> str:
         return str(exc.code().name)
     call.cancel()
     return "OK"
+
+
+@pytest.mark.parametrize("name", ["eve\n2026-01-01 INFO all is well", "\x1b[2Jeve", "admin\0x", "\u202eeve", "x" * 65])
+def test_a_name_that_cannot_be_shown_is_no_user(name: str) -> None:
+    subject = ((("organizationalUnitName", "admin"),), (("commonName", name),))
+    peer = {"subject": subject, "notAfter": "Jan  1 00:00:00 2050 GMT", "serialNumber": "1"}
+    with pytest.raises(PermissionDenied, match="characters that can be printed"):
+        auth.identify(peer, 0)

@@ -141,8 +141,9 @@ class Listener:
     def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._open) >= MAX_CONNECTIONS:
             # Order: it gives its place up now, for several may come before it is done.
-            oldest = next(iter(self._open))
-            self._open.pop(oldest).transport.abort()
+            oldest, its_writer = next(iter(self._open.items()))
+            del self._open[oldest]
+            its_writer.transport.abort()
             oldest.cancel()
         task = asyncio.get_running_loop().create_task(self._answer(reader, writer))
         self._open[task] = writer
@@ -153,8 +154,9 @@ class Listener:
             task.cancel()
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        if task in self._open:
-            self._open.pop(task).transport.abort()
+        writer = self._open.pop(task, None)
+        if writer is not None:  # held until then: from Python 3.13 on nobody else does, and one that is dropped open warns
+            writer.transport.abort()
         if not task.cancelled() and (exc := task.exception()) is not None:
             logger.error("cannot tell metrics", exc_info=exc)
 

@@ -40,14 +40,26 @@ async def test_capsh_finds_no_capability(arena: Arena) -> None:
 @pytest.mark.requires("command:findmnt")
 async def test_findmnt_finds_nothing_of_the_host_that_could_be_written_to(arena: Arena) -> None:
     mounts = await mounts_of(arena)
-    for target, (fstype, options) in mounts.items():
+    for target, fstype, options in mounts:
         assert "nosuid" in options, target
         assert "nodev" in options or target.startswith("/dev") or is_cover(target), target
         if target in WRITABLE:
             assert fstype in OWN or target == "/work", target
         else:
             assert "ro" in options or target in DEVICES or is_cover(target), target
-    assert "rw" in (await mounts_of(arena, without=["root"]))["/"][1]
+    assert "rw" in next(options for target, _, options in await mounts_of(arena, without=["root"]) if target == "/")
+
+
+@pytest.mark.requires("command:findmnt")
+async def test_findmnt_finds_nothing_of_the_host_in_a_root_that_can_be_written_to(arena: Arena) -> None:
+    mounts = await mounts_of(arena, writable=True)
+    for target, fstype, options in mounts:
+        assert "nosuid" in options, target
+        if "rw" in options:
+            assert fstype in {*OWN, "overlay"} or target == "/work" or target in DEVICES or is_cover(target), target
+    assert {target for target, fstype, _ in mounts if fstype == "overlay"} >= {"/usr", "/etc"}
+    # One on another hides what is below from sight, and not from `..`.
+    assert len(mounts) == len({target for target, _, _ in mounts})
 
 
 def is_cover(target: str) -> bool:
@@ -55,11 +67,11 @@ def is_cover(target: str) -> bool:
     return target in HIDE or target.startswith("/proc/")
 
 
-async def mounts_of(arena: Arena, **how: Any) -> dict[str, tuple[str, set[str]]]:
-    """By target: the type, and the options of the mount itself."""
+async def mounts_of(arena: Arena, **how: Any) -> list[tuple[str, str, set[str]]]:
+    """Targets, each with its type, and the options of the mount itself."""
     command = ("/usr/bin/findmnt", "--json", "--list", "--output", "TARGET,FSTYPE,VFS-OPTIONS")
     found = json.loads(await said(arena, *command, **how))["filesystems"]
-    return {one["target"]: (one["fstype"], set(one["vfs-options"].split(","))) for one in found}
+    return [(one["target"], one["fstype"], set(one["vfs-options"].split(","))) for one in found]
 
 
 async def test_the_kernel_says_the_same_from_outside(arena: Arena) -> None:

@@ -1,14 +1,17 @@
 """Directory trees that a hostile job has made, taken over or removed by the server after the job is gone.
 
-Nothing is recursive and one directory is open at a time, so that a tree of any depth costs neither stack nor descriptors. No link
-is followed and no path is looked up twice. Whoever made the tree is dead, but a stranger may have been handed a directory of it
-(unix(7), SCM_RIGHTS): each is closed to everybody else before its names are read, and one that was moved all the same is noticed.
+Nothing is recursive and no more than two directories are open, so that a tree of any depth costs neither stack nor
+descriptors. Of the files in a directory some names are held at a time, however many there are; of directories all, but each
+of these costs a block of the disk. No link is followed and no path is looked up twice. Whoever made the tree is dead, but a
+stranger may have been handed a directory of it (unix(7), SCM_RIGHTS): each is closed to everybody else before its names are
+read, and one that was moved all the same is noticed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import stat
 import struct
@@ -23,6 +26,8 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 GET_FLAGS, SET_FLAGS = 0x80086601, 0x40086602
 """FS_IOC_GETFLAGS, FS_IOC_SETFLAGS: ioctl_iflags(2)."""
+BATCH = 4096
+"""Names that are held of files that are removed."""
 HELD = 0x10 | 0x20
 """Immutable, append-only: not even root removes such a file, or what is in such a directory."""
 
@@ -46,7 +51,7 @@ def _close(directory: int) -> None:
 def remove_tree(top: Path) -> None:
     """Remove it, if it is there. OSError for the first thing that cannot be removed."""
     with contextlib.suppress(FileNotFoundError):
-        for directory, name, is_directory in _contents(top, unlock=True):
+        for directory, name, is_directory in _contents(top, unlock=True, removed=True):
             _remove(directory, name, is_directory)
         above = os.open(top.parent, DIRECTORY)
         try:
@@ -84,11 +89,13 @@ def _let_go(file: int) -> None:
             fcntl.ioctl(file, SET_FLAGS, struct.pack("@l", flags & ~HELD))
 
 
-def _contents(top: Path, unlock: bool = False, enter: Callable[[int], None] = lambda _: None) -> Iterator[tuple[int, str, bool]]:
+def _contents(
+    top: Path, unlock: bool = False, removed: bool = False, enter: Callable[[int], None] = lambda _: None
+) -> Iterator[tuple[int, str, bool]]:
     """(its open directory, name, whether it is a directory) of all below, each directory after what is in it.
 
     `unlock`: also where the job has closed a directory to its owner, who is the server where that is not root. `enter` has each
-    directory, `top` too, before its names are read.
+    directory, `top` too, before its names are read. `removed`: each is gone when the next is asked for.
     """
     opened = _unlocked if unlock and not is_root() else _opened
     here = opened(top, None)
@@ -97,7 +104,7 @@ def _contents(top: Path, unlock: bool = False, enter: Callable[[int], None] = la
         device = os.fstat(here).st_dev
         below = [_directories(here)]  # of each level the names that are still to be entered
         entered: list[tuple[str, tuple[int, int]]] = []
-        yield from _files(here)
+        yield from _files(here, removed)
         while below:
             if below[-1]:
                 name = below[-1].pop()
@@ -110,7 +117,7 @@ def _contents(top: Path, unlock: bool = False, enter: Callable[[int], None] = la
                 here = inner
                 enter(here)
                 below.append(_directories(here))
-                yield from _files(here)
+                yield from _files(here, removed)
             else:
                 below.pop()
                 if not entered:
@@ -151,9 +158,17 @@ def _directories(directory: int) -> list[str]:
         return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
-def _files(directory: int) -> Iterator[tuple[int, str, bool]]:
-    """Names first: what is yielded is removed, and a directory that changes while it is read may skip some (readdir(3))."""
-    with os.scandir(directory) as entries:
-        names = [entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)]
-    for name in names:
-        yield directory, name, False
+def _files(directory: int, removed: bool) -> Iterator[tuple[int, str, bool]]:
+    """A directory that loses names while it is read may skip some (readdir(3)), so it is read again until none is left."""
+    while True:
+        with os.scandir(directory) as entries:
+            names = (entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
+            if not removed:
+                for name in names:
+                    yield directory, name, False
+                return
+            batch = list(itertools.islice(names, BATCH))
+        if not batch:
+            return
+        for name in batch:
+            yield directory, name, False

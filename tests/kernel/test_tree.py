@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,23 @@ def test_depth_costs_neither_stack_nor_descriptors(tmp_path: Path) -> None:
     remove_tree(top)
     assert not top.exists()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_number_of_files_in_a_directory_costs_no_memory(tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    top.mkdir()
+    (top / "directory").mkdir()
+    for number in range(20_000):
+        os.close(os.open(top / f"{number:0200}", os.O_CREAT | os.O_WRONLY))
+    tracemalloc.start()
+    try:
+        reown_tree(top)
+        remove_tree(top)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert not top.exists()
+    assert peak < 3 << 20  # the names alone are 5 MB
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:

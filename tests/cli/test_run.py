@@ -110,7 +110,7 @@ def test_ctrl_c_works_while_nobody_reads_standard_output(server: ServerProcess) 
 
 
 def test_ctrl_c_leaves_a_log_that_is_followed_while_nobody_reads(server: ServerProcess) -> None:
-    job_id = start(server, "yes")
+    job_id = start(server, "sh", "-c", "yes | head -c 100000000; exec sleep 600")
     with popen(server, "log", "-f", job_id) as process:
         wait_until_full(process)
         process.send_signal(signal.SIGINT)

@@ -34,7 +34,7 @@ async def test_times_hold_while_no_server_runs_and_are_told_as_the_reason(privat
     async with private_server.client() as client:
         deadline = await client.start("sleep", "100", limits=Limits(timeout=1.5))
         idle = await client.start("sh", "-c", "echo up; exec sleep 100", limits=Limits(idle_timeout=1.5))
-        flood = "sleep 1.2; exec head -c 1000000 /dev/zero"
+        flood = "sleep 1.2; head -c 1000000 /dev/zero; exec sleep 100"
         limit = await client.start("sh", "-c", flood, limits=Limits(output_limit=65536, output_policy="stop"))  # type: ignore[arg-type]
         stopped = await client.start("sh", "-c", ESCALATION, grace=1.5)
         async with stopped.log() as output:

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.requires("root")
 SUBSCRIBE = "/jobrunner.v1.JobService/SubscribeOutput"
 FLOOD = "head -c 3000000 /dev/urandom | tee /dev/stderr | sha256sum | cut -c1-64"
 ENDLESS = ("/bin/sh", "-c", "exec yes")
+MUCH = ("/bin/sh", "-c", "yes | head -c 100000000; exec sleep 600")
+"""More than any window, and less than what is kept."""
 RESOURCE_EXHAUSTED = "8"
 
 
@@ -54,7 +56,7 @@ async def test_readers_that_join_at_any_time_all_have_every_byte(tmp_path: Path)
 
 async def test_a_reader_that_reads_nothing_is_ended_and_the_others_go_on(tmp_path: Path) -> None:
     async with serving(tmp_path, send_timeout=0.3) as running, running.channel() as channel, raw_peer(running) as peer:
-        job_id = await start(channel, *ENDLESS)
+        job_id = await start(channel, *MUCH)
         request = message("JobSubscriptionRequest", job_id=job_id).SerializeToString()
         stream = await peer.request(SUBSCRIBE, framed(request))
         with anyio.fail_after(20):
@@ -68,7 +70,7 @@ async def test_a_reader_that_reads_nothing_is_ended_and_the_others_go_on(tmp_pat
 
 async def test_a_connection_that_takes_nothing_is_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with serving(tmp_path, send_timeout=0.3) as running, running.channel() as channel, raw_peer(running) as peer:
-        job_id = await start(channel, *ENDLESS)
+        job_id = await start(channel, *MUCH)
         request = message("JobSubscriptionRequest", job_id=job_id).SerializeToString()
         peer.h2.update_settings({4: (1 << 31) - 1})  # INITIAL_WINDOW_SIZE: only the connection is in the way
         peer.h2.increment_flow_control_window((1 << 31) - 65536)

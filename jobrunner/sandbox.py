@@ -66,7 +66,8 @@ def needs(config: RunnerConfig) -> check.Needs:
         job_uids=config.job_uids,
         project_ids=config.project_ids,
         work_quota=config.work_quota,
-        workspace_size=config.workspace_size if config.workspaces else None,
+        workspaces=config.workspaces,
+        workspace_size=config.workspace_size,
     )
 
 

@@ -31,8 +31,11 @@ def work(needs: Needs) -> Finding:
 def workspaces(needs: Needs) -> Finding:
     """Whether each can be as large as is configured, and no larger."""
     size, lack = needs.workspace_size, Projects(needs.state_dir, *needs.project_ids).lack
+    if not needs.workspaces:
+        return Finding(Level.OK, "workspaces", "none")
     if size is None:
-        return Finding(Level.OK, "workspaces", "none, or none with a size")
+        remedy = "workspace_size in the configuration, with project quotas"
+        return Finding(Level.LIMITED, "workspaces", "each as large as jobs make it, without a bound", remedy)
     if lack:
         return Finding(Level.MISSING, "workspaces", f"workspace_size = {format_size(size)} cannot be kept: {lack}", REMEDY)
     return Finding(Level.OK, "workspaces", f"{format_size(size)} each, bounded by project quotas")

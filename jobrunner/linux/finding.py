@@ -50,8 +50,8 @@ class Needs:
     job_uids: tuple[int, int] = (0x70000000, 65536)
     project_ids: tuple[int, int] = PROJECT_IDS
     work_quota: int | None = None
+    workspaces: bool = False
     workspace_size: int | None = None
-    """None where there are no workspaces."""
 
 
 def from_error(name: str, exc: HostError, level: Level = Level.MISSING) -> Finding:

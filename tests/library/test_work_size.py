@@ -65,6 +65,7 @@ def test_the_check_says_what_bounds_work_directories_and_the_remedy(memory: Path
     sized = work(needs(replace(config, defaults=replace(config.defaults, work_size=MIB))))
     assert sized.level is Level.OK and sized.what.startswith("in memory, 1MiB for a job that does not say")
     assert workspaces(needs(config)).level is Level.OK
+    assert workspaces(needs(replace(config, workspaces=True))).level is Level.LIMITED
     assert workspaces(needs(replace(config, workspaces=True, workspace_size=MIB))).level is Level.MISSING
 
 

@@ -26,9 +26,12 @@ EXCUSED = os.environ.get("JOBRUNNER_EXCUSED", "").split()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell without job control lets what it starts in the background ignore Ctrl-C, and nohup the end of the terminal; the CLIs
+    # of tests would inherit it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # A shell without job control lets what it starts in the background ignore Ctrl-C, and the CLIs of tests would inherit it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.addinivalue_line(
         "markers", 'generation(version): a fact of cgroup "v1" (also hybrid) or "v2" alone; left out on the other'
     )

@@ -6,12 +6,12 @@ pip=$1 image=$2
 here=$(cd "$(dirname "$0")" && pwd)
 lock=$here/../../requirements.lock
 suite=bookworm
-mirror=${JOBRUNNER_VM_MIRROR:-http://deb.debian.org/debian}
 work=$(mktemp -d "$image.XXXXXX")
 root=$work/root
 trap 'rm -rf "$work"' EXIT
 
-debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,kmod,python3,python3-venv "$suite" "$root" "$mirror" >"$work/log" ||
+debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,kmod,python3,python3-venv "$suite" "$root" \
+    ${JOBRUNNER_VM_MIRROR:+"$JOBRUNNER_VM_MIRROR"} >"$work/log" ||
     { cat "$work/log" >&2 && exit 1; }
 
 # The unit's path. The environment has no pip: the packages are put into it from here, for the guest's Python.

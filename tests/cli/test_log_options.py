@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import hashlib
 import re
 import signal
@@ -62,9 +63,9 @@ def test_timestamps_are_of_each_line_and_are_those_of_the_writes(server: ServerP
     result = jobrunner(server, "log", "-t", job_id)
     assert re.fullmatch(STAMP + rb"one\n" + STAMP + b"two\r\n" + STAMP + "ä\n".encode() + STAMP + b"last", result.out)
     times = [line[:27].decode() for line in result.out.split(b"\n")]
-    seconds = [time.mktime(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")) - time.timezone + float(text[19:26]) for text in times]
+    seconds = [calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")) + float(text[19:26]) for text in times]
     assert before <= seconds[0] <= time.time()
-    assert 0.29 <= seconds[1] - seconds[0] < 2
+    assert 0.29 <= seconds[1] - seconds[0] < at_most(10)
     assert seconds[1:] == [seconds[1]] * 3
 
 
@@ -162,7 +163,7 @@ def test_ctrl_c_works_at_once_while_the_server_is_away(tmp_path: Path) -> None:
         begun = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < at_most(5)  # it tries again for 60 s
 
 
 @pytest.mark.parametrize("connected", [True, False], ids=["connected", "not-yet"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -37,10 +36,8 @@ def start_and_see_it_up(cli: Cli, script: str) -> str:
 
 def test_docker_stop_is_a_clean_shutdown_within_docker_s_ten_seconds(stack: Stack, cli: Cli) -> None:
     polite, stubborn = (start_and_see_it_up(cli, script) for script in (POLITE, STUBBORN))
-    begun = time.monotonic()
     stack.docker("stop", stack.container())
-    assert time.monotonic() - begun < 9
-    assert stack.inspect(stack.container())["State"]["ExitCode"] == 0
+    assert stack.inspect(stack.container())["State"]["ExitCode"] == 0, "137 is docker's kill after ten seconds"
     serve_again(stack)
     told = [cli.info(job_id) for job_id in (polite, stubborn)]
     assert [(job["status"], job["end_reason"], job["stopped_by"]) for job in told] == [("terminated", "shutdown", "jobrunnerd")] * 2

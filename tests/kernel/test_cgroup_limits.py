@@ -116,7 +116,7 @@ async def test_direct_writes_are_held_to_their_rate(
     began = time.monotonic()
     ended = run(cgroup, command)
     assert ended.returncode == 0, ended.stderr
-    assert 0.9 < time.monotonic() - began < at_most(5)
+    assert 0.9 < time.monotonic() - began < at_most(10)
     usage = cgroup.usage()
     assert usage.write_bytes == block * count
     assert usage.write_ops is not None
@@ -140,7 +140,7 @@ async def test_direct_reads_are_held_to_their_rate(
     began = time.monotonic()
     ended = run(cgroup, ["dd", f"if={file}", "of=/dev/null", f"bs={block}", "iflag=direct"])
     assert ended.returncode == 0, ended.stderr
-    assert 0.8 < time.monotonic() - began < at_most(5)
+    assert 0.8 < time.monotonic() - began < at_most(10)
     usage = cgroup.usage()
     assert usage.read_bytes == block * count
     assert usage.read_ops is not None and usage.read_ops >= count

@@ -21,6 +21,7 @@ from jobrunner.linux.disk import Disk
 from jobrunner.linux.kernfs import LimitNotApplied
 from jobrunner.linux.mountinfo import cgroup_mounts, own_cgroups
 from tests.support.cgroups import JOB, directories, own_tree, start
+from tests.support.timing import at_most
 
 pytestmark = pytest.mark.requires("root", "cgroup1:memory")
 
@@ -178,7 +179,7 @@ async def test_removed_says_when_a_process_is_still_there(host: CgroupHost) -> N
     sleeper.stdout.readline()
     began = time.monotonic()
     assert not await cgroup.removed(timeout=0.2)
-    assert 0.2 <= time.monotonic() - began < 2
+    assert 0.2 <= time.monotonic() - began < at_most(5)
     # The hierarchies that it could remove are gone; the kill finds the process in those that it could not.
     sleeper.kill()
     sleeper.communicate()

@@ -73,11 +73,24 @@ async def test_two_spinning_processes_under_half_a_cpu_use_half_a_cpu(tmp_path: 
         first, before = _cpu(job.info()), time.monotonic()
         await anyio.sleep(10)
         used, wall = _cpu(job.info()) - first, time.monotonic() - before
+        held_back = throttled_periods(job)
         info = await job.stop(grace=0)
     assert info.usage.throttled is not None
     assert used / wall < 0.55
-    assert used / wall > (0.45 if info.usage.throttled > 3 else 0.1)  # a host that is busy itself gives a job less than its limit
-    assert info.usage.throttled > 0.1 or used / wall < 0.45  # a host that has no more CPU for it holds it back by itself
+    # A host that is busy itself gives a job less than its limit. But who is held back in a period has had its whole share of it.
+    assert used > 0.85 * 0.5 * PERIOD * held_back
+    assert info.usage.throttled > 0.1 or used / wall < 0.45
+
+
+PERIOD = 0.1
+"""Of a CPU quota, in seconds."""
+
+
+def throttled_periods(job: RunnerJob) -> int:
+    """In how many the job has used its quota up: cpu.stat of sched-bwc(7)."""
+    assert job.cgroup is not None
+    top = Path(job.cgroup.paths.get("cpu") or job.cgroup.paths["unified"])
+    return int(dict(line.split() for line in (top / "cpu.stat").read_text().splitlines())["nr_throttled"])
 
 
 def _cpu(info: object) -> float:
@@ -148,8 +161,7 @@ async def test_a_write_limit_holds_for_direct_writes(tmp_path: Path) -> None:
         held = await run(runner, shell(script, limits=Limits(write_bps=10 * MIB)))
     assert free.usage.wall is not None
     assert held.usage.wall is not None
-    assert free.usage.wall < at_most(1)
-    assert 1.6 < held.usage.wall < at_most(3)
+    assert free.usage.wall < 1.6 < held.usage.wall < at_most(10)
     assert held.usage.write_bytes is not None
     assert held.usage.write_bytes >= 20 * MIB
 
@@ -184,7 +196,7 @@ async def test_a_read_limit_holds_for_direct_reads(tmp_path: Path) -> None:
     async with open_runner(tmp_path) as runner:
         held = await run(runner, shell(script, limits=Limits(read_bps=10 * MIB, write_bps=1 << 40)))
     assert held.usage.wall is not None
-    assert 1.6 < held.usage.wall < at_most(3)
+    assert 1.6 < held.usage.wall < at_most(10)
 
 
 async def test_open_files_are_limited(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from jobrunner.shim.exitrecord import Cause
-from tests.support.shim import DATA, END, GAP, STDERR, STDOUT, ShimJob, shim_job, wait_gone
+from tests.support.shim import DATA, END, GAP, STDERR, STDOUT, ShimJob, shim_job, wait_gone, wait_until
+from tests.support.timing import at_most
 
 pytestmark = pytest.mark.requires("root")
 
@@ -115,13 +117,17 @@ def test_merged_output_is_one_stream_in_exactly_the_jobs_order(job: ShimJob) -> 
 
 
 def test_what_comes_after_silence_is_recorded_at_once(job: ShimJob) -> None:
-    job.start(*python("import os, time\nfor i in range(10): os.write(1, b'%d\\n' % time.time_ns()); time.sleep(0.03)"))
+    """Not with what comes within the millisecond after it. A busy host wakes a shim late; one of many records is in time."""
+    job.start(*python("import os, time\nwhile True: os.write(1, b'%020d\\n' % time.time_ns()); time.sleep(0.03)"))
+
+    def delays() -> list[int]:
+        data = job.output()
+        return [record.time_ns - int(data[record.end - 21 : record.end]) for record in job.records() if record.end <= len(data)]
+
+    wait_until(lambda: any(delay < 900_000 for delay in delays()), at_most(20))
+    assert min(delays()) > 0
+    job.stop(grace=0)
     job.wait()
-    lines = job.output().splitlines(keepends=True)
-    written = {sum(map(len, lines[:number])): int(line) for number, line in enumerate(lines)}
-    starts = [0, *(record.end for record in job.records())]
-    delays = [record.time_ns - written[start] for record, start in zip(job.records(), starts, strict=False) if record.kind == DATA]
-    assert 0 < min(delays) < 900_000, "no more than it takes to be woken"
 
 
 def test_segments_follow_one_another_without_a_gap(job: ShimJob) -> None:
@@ -172,14 +178,15 @@ def test_no_output_is_a_log_of_one_end(job: ShimJob) -> None:
 
 @pytest.mark.parametrize("close", ["exec >&-", "exec 2>&-", "exec >&- 2>&-"])
 def test_a_job_that_closes_its_output_does_not_make_the_shim_spin(job: ShimJob, close: str) -> None:
-    job.shell(f"echo before; {close}; exec sleep 1")
+    job.shell(f"echo before; {close}; exec sleep 100")
     job.wait_output(b"before")
     stat = Path(f"/proc/{job.shim()}/stat")
     time.sleep(0.1)
     before = ticks(stat)
     time.sleep(0.5)
     assert ticks(stat) - before <= 1
-    assert job.wait().wait_status == 0
+    job.stop(grace=60)
+    assert job.wait().wait_status == signal.SIGTERM
 
 
 def ticks(stat: Path) -> int:
@@ -271,12 +278,12 @@ def test_a_full_disk_costs_bytes_that_are_counted_and_never_the_job(small: ShimJ
 def test_when_there_is_room_again_the_log_goes_on_and_tells_the_gap(small: ShimJob) -> None:
     ballast = small.log / ".ballast"
     ballast.write_bytes(b"x" * 600_000)
-    go = small.directory / "go"
+    full, go = small.directory / "full", small.directory / "go"
     small.shell(
-        f"echo first; head -c 2000000 /dev/zero; while ! [ -e {go} ]; do sleep 0.01; done; echo last; sleep 0.05; echo words"
+        f"echo first; head -c 2000000 /dev/zero; touch {full}; "
+        f"while ! [ -e {go} ]; do sleep 0.01; done; echo last; sleep 0.05; echo words"
     )
-    small.wait_output(b"first\n\0")
-    time.sleep(0.3)
+    wait_until(full.exists)
     ballast.unlink()
     go.touch()
     end = small.wait()
@@ -321,7 +328,7 @@ def test_an_index_record_that_fits_in_part_is_taken_back_and_what_it_told_is_los
 def test_a_stop_works_on_a_full_disk(small: ShimJob) -> None:
     small.shell("head -c 5000000 /dev/zero; sleep 100")
     job_pids = small.processes()
-    time.sleep(0.2)
+    wait_until(lambda: os.statvfs(small.log).f_bavail == 0)
     small.stop()
     assert small.wait(5).cause is Cause.STOPPED
     wait_gone(job_pids)

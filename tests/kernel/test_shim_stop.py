@@ -31,7 +31,7 @@ def test_a_stop_signals_the_command_and_returns_as_soon_as_it_is_gone(job: ShimJ
     before = time.monotonic()
     job.stop(grace=60)
     end = job.wait()
-    assert time.monotonic() - before < 2
+    assert time.monotonic() - before < at_most(10)
     assert (end.cause, end.wait_status) == (Cause.STOPPED, signal.SIGTERM)
 
 
@@ -41,7 +41,7 @@ def test_a_command_that_ignores_the_signal_is_killed_after_the_grace_period(job:
     before = time.monotonic()
     job.stop(grace=0.4)
     end = job.wait()
-    assert 0.4 <= time.monotonic() - before < 2
+    assert 0.4 <= time.monotonic() - before < at_most(5)
     assert (end.cause, end.wait_status) == (Cause.STOPPED, signal.SIGKILL)
     assert job.left() == []
 
@@ -74,7 +74,7 @@ def test_no_grace_kills_at_once(job: ShimJob) -> None:
     job.shell("trap 'echo not reached' TERM; echo ready; while :; do sleep 0.02; done")
     job.wait_output(b"ready")
     job.stop(grace=0)
-    end = job.wait(2)
+    end = job.wait(5)
     assert (end.cause, end.wait_status) == (Cause.STOPPED, signal.SIGKILL)
 
 
@@ -86,7 +86,7 @@ def test_a_later_stop_may_bring_the_kill_nearer(job: ShimJob) -> None:
     before = time.monotonic()
     job.stop(grace=0.3)
     job.wait()
-    assert 0.3 <= time.monotonic() - before < 5
+    assert 0.3 <= time.monotonic() - before < at_most(10)
 
 
 def test_a_later_stop_does_not_put_the_kill_off(job: ShimJob) -> None:
@@ -164,7 +164,7 @@ def test_a_stop_of_a_command_that_has_ended_by_itself_is_not_the_reason(tmp_path
         with shim_job(tmp_path) as job:
             job.shell("sleep 0.03; exit 9")
             job.write_stop(grace=60)
-            time.sleep(0.02 + number * 0.0005)
+            time.sleep(number * 0.001)
             job.say(b"stop\n")
             end = job.wait()
             assert (end.cause, end.wait_status) in [(Cause.OWN, 9 << 8), (Cause.STOPPED, signal.SIGTERM), (Cause.STOPPED, 9 << 8)]
@@ -191,21 +191,21 @@ def test_a_deadline_ends_a_job(job: ShimJob) -> None:
     job.start("sleep", "100", timeout=0.3)
     end = job.wait()
     assert (end.cause, end.wait_status) == (Cause.DEADLINE, signal.SIGTERM)
-    assert 300_000_000 <= end.wall_ns < 1_500_000_000
+    assert 300_000_000 <= end.wall_ns < at_most(5_000_000_000)
 
 
 def test_a_deadline_escalates(job: ShimJob) -> None:
     job.shell(DEAF, timeout=0.2, grace=0.3)
     end = job.wait()
     assert (end.cause, end.wait_status) == (Cause.DEADLINE, signal.SIGKILL)
-    assert 500_000_000 <= end.wall_ns < 2_000_000_000
+    assert 500_000_000 <= end.wall_ns < at_most(5_000_000_000)
 
 
 def test_a_deadline_holds_under_a_flood_of_output(job: ShimJob) -> None:
     job.shell("yes & yes >&2 & yes", timeout=0.3, grace=0.2)
     end = job.wait(10)
     assert end.cause is Cause.DEADLINE
-    assert end.wall_ns < 3_000_000_000
+    assert end.wall_ns < at_most(8_000_000_000)
     assert end.log_end > 1_000_000
 
 
@@ -215,14 +215,14 @@ def test_a_stop_is_heard_under_a_flood_of_output(job: ShimJob) -> None:
     before = time.monotonic()
     job.stop(grace=60)
     assert job.wait(10).cause is Cause.STOPPED
-    assert time.monotonic() - before < 3
+    assert time.monotonic() - before < at_most(8)
 
 
 def test_silence_ends_a_job_and_output_puts_it_off(job: ShimJob) -> None:
-    job.shell("for i in 1 2 3 4 5; do echo $i; sleep 0.3; done; sleep 100", idle_timeout=1.2)
+    job.shell("for i in $(seq 16); do echo $i; sleep 0.1; done; sleep 100", idle_timeout=1.5)
     end = job.wait()
     assert end.cause is Cause.IDLE_TIMEOUT
-    assert job.output() == b"1\n2\n3\n4\n5\n"
+    assert job.output() == b"".join(b"%d\n" % number for number in range(1, 17))
     assert 2_400_000_000 <= end.wall_ns < at_most(6) * 1e9
 
 

@@ -122,7 +122,7 @@ async def test_a_job_that_is_out_of_memory_does_not_die_under_its_cpu_limit(tmp_
         info = await job.wait()
     print(f"{kills} killed at first, gone after {time.monotonic() - begun:.2f} s")
     assert info.end_reason == "oom_killed"
-    assert time.monotonic() - begun < at_most(1)  # under the limit some ten times as long
+    assert time.monotonic() - begun < at_most(3)  # under the limit some ten times as long
 
 
 async def test_buffered_writes_are_held_to_their_rate(tmp_path: Path) -> None:

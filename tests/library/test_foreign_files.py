@@ -8,7 +8,6 @@ import json
 import os
 import random
 import struct
-import subprocess
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from jobrunner.linux.check import Level, everything
 from jobrunner.output import Chunk
 from jobrunner.runner import JobRunner
 from jobrunner.sandbox import needs
+from tests.support.flags import chattr, flags_lifted
 from tests.support.runner import open_runner, output, run, shell
 from tests.support.timing import fail_after
 
@@ -129,37 +129,29 @@ async def test_a_marker_that_was_lost_loses_no_job(tmp_path: Path) -> None:
         assert (await again.stop()).end_reason == "stopped"
 
 
-def chattr(what: str, file: Path) -> None:
-    subprocess.run(["chattr", what, file], check=True)
-
-
 @pytest.mark.requires("command:chattr")
 async def test_a_uid_is_nobodys_before_what_its_last_job_left_is_roots(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Over restarts too, and without the job's record: here is a file that nobody can take over, until somebody lets go of it."""
     one_uid = {"job_uids": (0x6FFF0001, 1)}
-    async with open_runner(tmp_path, **one_uid) as runner:
-        job = await runner.start(shell("mkdir /work/d; echo x > /work/d/f; sleep 100"))
-        file = runner.state.directory(job.job_id) / "work" / "d" / "f"
-        with fail_after(10):
-            while not file.exists():  # noqa: ASYNC110 - a job tells nobody what it writes
-                await asyncio.sleep(0.01)
-        chattr("+i", file)
-        try:
+    with flags_lifted(tmp_path):
+        async with open_runner(tmp_path, **one_uid) as runner:
+            job = await runner.start(shell("mkdir /work/d; echo x > /work/d/f; sleep 100"))
+            file = runner.state.directory(job.job_id) / "work" / "d" / "f"
+            with fail_after(10):
+                while not file.exists():  # noqa: ASYNC110 - a job tells nobody what it writes
+                    await asyncio.sleep(0.01)
+            chattr("+i", file)
             assert (await job.stop(grace=0)).end_reason == "stopped"
             with pytest.raises(LimitReached, match="all 1 uids"):
                 await runner.start(JobSpec("true"))
             await runner.settled()
-        except BaseException:
-            chattr("-i", file)
-            raise
-    assert os.listdir(tmp_path / "state" / "leaving") == [job.job_id]
-    async with open_runner(tmp_path, **one_uid) as runner:
-        assert (await runner.get(job.job_id)).info().end_reason == "stopped"
-        with pytest.raises(LimitReached, match="all 1 uids"):
-            await runner.start(JobSpec("true"))
-        await runner.settled()
-    assert "its uid stays taken" in caplog.text
-    chattr("-i", file)
+        assert os.listdir(tmp_path / "state" / "leaving") == [job.job_id]
+        async with open_runner(tmp_path, **one_uid) as runner:
+            assert (await runner.get(job.job_id)).info().end_reason == "stopped"
+            with pytest.raises(LimitReached, match="all 1 uids"):
+                await runner.start(JobSpec("true"))
+            await runner.settled()
+        assert "its uid stays taken" in caplog.text
     async with open_runner(tmp_path, **one_uid) as runner:
         await runner.settled()
         assert {path.lstat().st_uid for path in (file, file.parent, file.parent.parent)} == {0}

@@ -43,7 +43,7 @@ async def test_stop_ends_a_job_at_once_and_tells_by_whom(tmp_path: Path) -> None
         job = await runner.start(JobSpec("sleep", ("100",)))
         before = time.monotonic()
         info = await job.stop(by="alice")
-        assert time.monotonic() - before < at_most(2)
+        assert time.monotonic() - before < at_most(5)  # the grace period is 10 s
     assert (info.status, info.end_reason, info.signal, info.stopped_by) == ("terminated", "stopped", 15, "alice")
 
 
@@ -52,7 +52,7 @@ async def test_a_job_that_ignores_the_stop_signal_is_killed_after_the_grace_peri
         job = await start_ready(runner, shell("trap '' TERM; echo ready; while :; do sleep 0.1; done"))
         before = time.monotonic()
         info = await job.stop(grace=0.5)
-        assert 0.5 <= time.monotonic() - before < at_most(3)
+        assert 0.5 <= time.monotonic() - before < at_most(5)
     assert (info.status, info.end_reason, info.signal) == ("terminated", "stopped", 9)
 
 
@@ -90,7 +90,9 @@ async def test_a_second_stop_with_no_grace_does_not_wait_for_the_first(tmp_path:
     async with open_runner(tmp_path) as runner:
         job = await start_ready(runner, shell("trap '' TERM; echo ready; while :; do sleep 0.1; done"))
         first = asyncio.create_task(job.stop(grace=60))
-        await asyncio.sleep(0.1)
+        with fail_after(5):
+            while not (runner.state.directory(job.job_id) / "stop").exists():  # noqa: ASYNC110 - the first tells nobody that it is under way
+                await asyncio.sleep(0.01)
         with fail_after(5):
             await job.stop(grace=0)
             await first
@@ -108,14 +110,14 @@ async def test_a_deadline_ends_a_job(tmp_path: Path) -> None:
         info = await run(runner, JobSpec("sleep", ("100",), limits=Limits(timeout=0.3)))
     assert (info.status, info.end_reason) == ("terminated", "deadline")
     assert info.usage.wall is not None
-    assert 0.3 <= info.usage.wall < 0.3 + at_most(0.3)
+    assert 0.3 <= info.usage.wall < at_most(5)
 
 
 async def test_silence_ends_a_job_that_has_an_idle_timeout(tmp_path: Path) -> None:
     async with open_runner(tmp_path) as runner:
-        spec = shell("for i in 1 2 3 4; do echo $i; sleep 0.2; done; sleep 100", limits=Limits(idle_timeout=0.6))
+        spec = shell("for i in $(seq 16); do echo $i; sleep 0.1; done; sleep 100", limits=Limits(idle_timeout=1.5))
         job = await runner.start(spec)
-        assert await output(job) == b"1\n2\n3\n4\n"
+        assert await output(job) == b"".join(b"%d\n" % number for number in range(1, 17))
         info = await job.wait()
     assert (info.status, info.end_reason) == ("terminated", "idle_timeout")
 
@@ -140,10 +142,10 @@ async def test_no_process_outlives_its_job(tmp_path: Path, name: str) -> None:
 
 async def test_usage_is_told_while_a_job_runs_and_at_its_end(tmp_path: Path) -> None:
     async with open_runner(tmp_path) as runner:
-        job = await start_ready(runner, shell("i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; echo done; sleep 100"))
-        usage = job.info().usage
-        assert usage.cpu_user is not None
-        assert usage.cpu_user > 0.05
+        job = await start_ready(runner, shell("echo spinning; while :; do :; done"))
+        with fail_after(20):  # ticks tell whose time it was, and they may all fall on the kernel's at first
+            while ((usage := job.info().usage).cpu_user or 0) <= 0.05:  # noqa: ASYNC110 - counters tell nobody
+                await asyncio.sleep(0.01)
         assert usage.memory is not None
         assert usage.pids is not None
         assert usage.pids >= 2

@@ -21,7 +21,7 @@ from jobrunner.runner import JobRunner
 from jobrunner.shim import binary_path
 from jobrunner.shim.stopfile import StopRequest
 from jobrunner.statedir import StateDir
-from tests.support.runner import cgroup_directories, open_runner, processes_with, run, shell
+from tests.support.runner import cgroup_directories, open_runner, processes_with, run, shell, shims_below
 
 pytestmark = pytest.mark.requires("root")
 
@@ -138,7 +138,7 @@ async def test_a_job_whose_shim_was_killed_ended_when_it_was_found_and_stays_so(
     async with open_runner(tmp_path) as runner:
         job = await runner.start(JobSpec("sleep", ("100",)))
         await asyncio.sleep(0.5)
-        for pid in shims_of(tmp_path):
+        for pid in shims_below(tmp_path):
             os.kill(pid, 9)
         with anyio.fail_after(10):
             info = await job.wait()
@@ -149,18 +149,6 @@ async def test_a_job_whose_shim_was_killed_ended_when_it_was_found_and_stays_so(
     async with open_runner(tmp_path) as runner:
         again = (await runner.get(info.job_id)).info()
     assert again.ended == pytest.approx(info.ended, abs=0.01)
-
-
-def shims_of(tmp_path: Path) -> list[int]:
-    """Shims of jobs below this directory: it is where they work."""
-    found = []
-    for entry in os.listdir("/proc"):
-        try:
-            if entry.isdigit() and Path("/proc", entry, "cwd").readlink().is_relative_to(tmp_path):
-                found.append(int(entry))
-        except OSError:
-            continue
-    return found
 
 
 async def test_what_a_crash_left_of_a_record_is_removed(tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from jobrunner.errors import InvalidRequest
 from jobrunner.runner import JobRunner
+from tests.support.flags import chattr, flags_lifted
 from tests.support.runner import open_runner, output, shell
 from tests.support.timing import fail_after
 
@@ -66,7 +66,7 @@ def is_moved(files: Path) -> None:
 def is_held(files: Path) -> None:
     """By root: a job has no right to. Nobody removes it then, root included."""
     for flag, name in (("+i", "kept"), ("+a", "kept.log"), ("+i", "closed/file"), ("+i", "closed")):
-        subprocess.run(["chattr", flag, files / name], check=True)
+        chattr(flag, files / name)
     for name in ("kept", "kept.log", "closed/file"):
         with pytest.raises(PermissionError):
             (files / name).unlink()
@@ -94,6 +94,13 @@ ATTACKS = {
 }
 
 
+@pytest.fixture
+def lifted(tmp_path: Path) -> Iterator[None]:
+    with flags_lifted(tmp_path):
+        yield
+
+
+@pytest.mark.usefixtures("lifted")
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 async def test_whatever_a_job_leaves_goes_and_nothing_else(tmp_path: Path, attack: Attack) -> None:
     victim = tmp_path / "victim"

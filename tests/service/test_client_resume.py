@@ -236,7 +236,7 @@ async def test_a_server_that_stays_away_is_told_after_the_time(server: ServerPro
                 proxy.cut()
                 with pytest.raises(Unavailable):
                     await anext(reader)
-            assert 0.5 <= anyio.current_time() - proxy_cut < 5
+            assert 0.5 <= anyio.current_time() - proxy_cut < 20
             proxy.refusing = False
             await job.stop(grace=0)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 
 from jobrunner import JobInfo, JobSpec, Stream
 from jobrunner.config import RunnerConfig
@@ -66,6 +67,25 @@ def processes_with(marker: str) -> list[str]:
             if marker in line:
                 found.append(line)
     return found
+
+
+def shims_below(directory: Path) -> list[int]:
+    """Shims of jobs below this directory: it is where they work."""
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdigit() and Path("/proc", entry, "cwd").readlink().is_relative_to(directory):
+                found.append(int(entry))
+        except OSError:
+            continue
+    return found
+
+
+async def shims_gone(directory: Path, seconds: float = 20) -> None:
+    """Until no job below this directory has a shim: no server is there to tell."""
+    with fail_after(seconds):
+        while await anyio.to_thread.run_sync(shims_below, directory):  # noqa: ASYNC110
+            await anyio.sleep(0.02)
 
 
 def cgroup_directories(name: str) -> list[str]:

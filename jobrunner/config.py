@@ -17,7 +17,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from jobrunner import checked
+from jobrunner import bounds, checked
+from jobrunner.bounds import Bounds
 from jobrunner.errors import ConfigError, InvalidRequest
 from jobrunner.identity import PROJECT_IDS, range_of
 from jobrunner.job import Limits, OutputPolicy
@@ -43,6 +44,7 @@ DEFAULTS = Limits(
 )
 NO_LIMITS = Limits()
 NO_OFFERS = Offers()
+BOUNDS = Bounds()
 ON_SHUTDOWN = ("keep", "stop")
 LOG_FORMATS = ("text", "json")
 ON_WRITE_ERROR = ("continue", "stop")
@@ -135,29 +137,8 @@ class ServerConfig:
     """Whether that may be another address than one of this host's loopback."""
     viewer_output: bool = True
     """Whether viewers may read output, not only state."""
-    max_message: int = 4 << 20
-    """Bytes of one request."""
-    max_header_size: int = 16 << 10
-    """Bytes of a call's headers, 32 added for each (RFC 9113 section 6.5.2)."""
-    max_connections: int = 512
-    max_connections_per_user: int = 256
-    max_pending_handshakes: int = 256
-    """When as many are in their handshake, the oldest gives way to the newest."""
-    handshake_timeout: float = 5.0
-    max_streams_per_connection: int = 100
-    """Calls at once on one connection."""
-    max_calls_per_user: int = 4000
-    """Calls of a user at once, on all connections: those that follow or wait."""
-    max_calls_per_second: float = 500.0
-    """Of each user; ten seconds' worth may come at once. What comes too fast is told when to come again."""
-    max_starts_per_second: float = 100.0
-    """Of each user, as above."""
-    max_followers_per_job: int = 1000
-    """Readers of one job's output at once."""
-    receive_timeout: float = 60.0
-    """Seconds within which a call's one message has to be there."""
-    send_timeout: float = 60.0
-    """Seconds after which a stream whose peer takes nothing is ended."""
+    bounds: Bounds = BOUNDS
+    """What one peer can take."""
     log_level: str = "info"
     log_format: str = "text"
     """`text` for people, `json` for programs."""
@@ -205,23 +186,11 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "metrics_listen": checked.listen,
     "metrics_anywhere": checked.flag,
     "viewer_output": checked.flag,
-    "max_message": checked.between(checked.size, 65536, 1 << 30),
-    "max_header_size": checked.between(checked.size, 4096, 1 << 20),
-    "max_connections": checked.between(checked.whole, 1, 1_000_000),
-    "max_connections_per_user": checked.between(checked.whole, 1, 1_000_000),
-    "max_pending_handshakes": checked.between(checked.whole, 1, 1_000_000),
-    "handshake_timeout": checked.between(checked.seconds, 0.1, 3600),
-    "max_streams_per_connection": checked.between(checked.whole, 1, 1_000_000),
-    "max_calls_per_user": checked.between(checked.whole, 1, 1_000_000),
-    "max_calls_per_second": checked.between(checked.number, 0.1, 1_000_000),
-    "max_starts_per_second": checked.between(checked.number, 0.1, 1_000_000),
-    "max_followers_per_job": checked.between(checked.whole, 1, 1_000_000),
-    "receive_timeout": checked.between(checked.seconds, 0.1, 86400),
-    "send_timeout": checked.between(checked.seconds, 0.1, 86400),
     "log_level": checked.log_level,
     "log_format": checked.word(*LOG_FORMATS),
     "on_shutdown": checked.word(*ON_SHUTDOWN),
     "shutdown_grace": checked.between(checked.seconds, 0, 86400),
+    **bounds.READERS,
 }
 """Every key, and how its value is read, from whichever place."""
 
@@ -268,7 +237,8 @@ def load(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[
     runner = _runner(found)
     # Jobs may see the directory that it is in, /etc for instance.
     runner = replace(runner, hide=(*runner.hide, os.path.realpath(found["key"])))
-    return ServerConfig(runner=runner, **{key: value for key, value in found.items() if key in own})
+    given = Bounds(**{key: value for key, value in found.items() if key in bounds.READERS})
+    return ServerConfig(runner=runner, bounds=given, **{key: value for key, value in found.items() if key in own})
 
 
 def load_runner(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> RunnerConfig:

@@ -33,7 +33,7 @@ from jobrunner.server.calls import CallHandler
 from jobrunner.server.guard import grpc_error, guarded, refused
 from jobrunner.server.http2 import CONFIGURATION, ServerPeer, ServerProtocol, Shared
 from jobrunner.server.limits import Rate
-from jobrunner.server.stream import Bounds, ServerStream
+from jobrunner.server.stream import ServerStream
 from jobrunner.server.tcp import Listener, TlsConnection, address_of
 from jobrunner.server.trust import Trust
 from jobrunner.wire.codec import StrictCodec
@@ -53,11 +53,8 @@ ACCEPTS, BACKLOG = 16, 1024
 """Connections accepted at once: far fewer than handshakes may be pending, so that who speaks is heard before it has to give way."""
 SILENT = 1
 """Seconds that a connection has to say something before it is accepted all the same, and its handshake is timed (tcp(7))."""
-MIN_FRAMES, FRAMES_PER_CALL, FRAMES_BURST = 1000.0, 8, 3.0
-"""Small frames of HTTP/2 in a second, and for each call that a user may make: headers, message, reset, what the answer needs.
-
-Fewer seconds' worth of them may come at once than of calls: each flood is handled to the end of what was read of it.
-"""
+FRAMES_BURST = 3.0
+"""Seconds' worth of small frames that may come at once; of calls it is more, but a flood is handled to the end of what was read."""
 
 
 class JobServer(Server):
@@ -70,25 +67,17 @@ class JobServer(Server):
 
         Raises AssertionError if the handlers' RPCs are not those of the policy.
         """
-        super().__init__(handlers, codec=StrictCodec(), config=CONFIGURATION)
+        super().__init__(handlers, codec=StrictCodec(config.bounds.max_fields), config=CONFIGURATION)
         self._h2_config.header_encoding = None  # `frames` looks at them first, and makes texts of them
         auth.check_complete(self._mapping)
         self.draining = draining
         self._policy = auth.policy(config.viewer_output)
         self._settings = config
-        bounds = Bounds(
-            max_message=config.max_message,
-            max_header_size=config.max_header_size,
-            max_streams=config.max_streams_per_connection,
-            max_connections_per_user=config.max_connections_per_user,
-            max_calls_per_user=config.max_calls_per_user,
-            receive_timeout=config.receive_timeout,
-            send_timeout=config.send_timeout,
-        )
-        frames = max(MIN_FRAMES, FRAMES_PER_CALL * config.max_calls_per_second)
-        self._shared = Shared(bounds, Rate("max_calls_per_second", frames, "frames", burst=FRAMES_BURST), account)
-        self._call_rate = Rate("max_calls_per_second", config.max_calls_per_second, "calls")
-        self._start_rate = Rate("max_starts_per_second", config.max_starts_per_second, "starts")
+        bounds = config.bounds
+        frames = Rate("max_frames_per_second", bounds.max_frames_per_second, "small frames", burst=FRAMES_BURST)
+        self._shared = Shared(bounds, frames, account)
+        self._call_rate = Rate("max_calls_per_second", bounds.max_calls_per_second, "calls")
+        self._start_rate = Rate("max_starts_per_second", bounds.max_starts_per_second, "starts")
         self._connections = self._shared.live
         self._changed = self._shared.changed
         self._trust = trust
@@ -98,9 +87,9 @@ class JobServer(Server):
             trust.admit,
             account,
             self._protocol_factory,
-            max_connections=config.max_connections,
-            max_pending=config.max_pending_handshakes,
-            handshake_timeout=config.handshake_timeout,
+            max_connections=bounds.max_connections,
+            max_pending=bounds.max_pending_handshakes,
+            handshake_timeout=bounds.handshake_timeout,
             shutdown_timeout=SHUTDOWN_TIMEOUT,
         )
         listen(self, RecvRequest, self._admit)

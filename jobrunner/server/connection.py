@@ -89,7 +89,7 @@ class Http2(H2Connection):
     def receive_data(self, data: Any) -> list[Any]:
         events = super().receive_data(data)
         if sum(len(frame.data) for frame in self.incoming_buffer._headers_buffer) > self.max_header_block:
-            raise TooMuch(f"a header block is longer than {self.max_header_block} bytes (max_header_size)")
+            raise TooMuch(f"a header block is longer than {self.max_header_block} bytes", "max_header_size")
         return events
 
     def _receive_frame(self, frame: Frame) -> list[Any]:
@@ -111,8 +111,10 @@ class Http2(H2Connection):
     def _receive_headers_frame(self, frame: HeadersFrame) -> Any:
         try:
             return super()._receive_headers_frame(frame)
+        except DenialOfServiceError as exc:
+            raise TooMuch(f"a list of headers is longer than {self.max_header_block} bytes", "max_header_size") from exc
         except ProtocolError as exc:
-            if isinstance(exc.__cause__, HPACKError) and not isinstance(exc, DenialOfServiceError):
+            if isinstance(exc.__cause__, HPACKError):
                 exc.error_code = ErrorCodes.COMPRESSION_ERROR  # section 4.3
             elif type(exc) in (ProtocolError, InvalidBodyLengthError) and frame.stream_id in self.streams:
                 # The stream has refused them; they have been decoded, so that the tables of both sides still agree.

@@ -19,9 +19,13 @@ PRIORITY, SETTINGS, WINDOW_UPDATE, ACK, PADDED = 2, 4, 8, 1, 8
 
 
 class TooMuch(ProtocolError):
-    """The peer does something more often, or longer, than it may. The text goes to it, and names the bound."""
+    """The peer does something more often, or longer, than it may. The text goes to it."""
 
     error_code = ErrorCodes.ENHANCE_YOUR_CALM
+
+    def __init__(self, reason: str, bound: str) -> None:
+        super().__init__(f"{reason} ({bound})")
+        self.bound = bound
 
 
 class FrameMeter:

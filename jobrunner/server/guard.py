@@ -12,7 +12,7 @@ from grpclib.server import Stream
 from h2.exceptions import ProtocolError as H2Error
 
 from jobrunner.errors import InternalError, InvalidRequest, JobRunnerError, LimitReached, Unsupported
-from jobrunner.wire.codec import MalformedMessage
+from jobrunner.wire.codec import MalformedMessage, TooManyFields
 from jobrunner.wire.status import error_to_wire
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def _known(exc: Exception, method: str) -> JobRunnerError:
             return exc
         case JobRunnerError():
             return exc
+        case TooManyFields():
+            return LimitReached(f"call {call}", "max_fields", str(exc))
         case MalformedMessage():
             return InvalidRequest("message", str(exc), verb=f"call {call}")
         case NotImplementedError() if "ompression" in str(exc):

@@ -28,6 +28,7 @@ from h2.errors import ErrorCodes
 from h2.events import RequestReceived, TrailersReceived, UnknownFrameReceived
 from h2.exceptions import ProtocolError
 
+from jobrunner.bounds import Bounds
 from jobrunner.errors import LimitReached
 from jobrunner.server.account import Account
 from jobrunner.server.auth import who
@@ -35,7 +36,7 @@ from jobrunner.server.calls import CallHandler
 from jobrunner.server.connection import Http2, checked_headers
 from jobrunner.server.frames import FrameMeter, TooMuch
 from jobrunner.server.limits import Bucket, Rate
-from jobrunner.server.stream import Bounds, ServerStream
+from jobrunner.server.stream import ServerStream
 from jobrunner.server.tcp import address_of
 from jobrunner.server.turns import Turns
 
@@ -53,10 +54,6 @@ CONFIGURATION = Configuration(
 """A dead peer is found within 30 s; what a peer can make the server hold before a handler reads it is small."""
 MAX_UNSENT = 256 * 1024
 """Bytes that TLS holds of what a peer has not read yet, beside what the kernel does; half of asyncio's own bound."""
-MESSAGES_HELD = 8
-"""Times `max_message` that the unfinished calls of one user may hold: a message is kept while it comes, and by who handles it."""
-MAX_UNREAD_ANSWERS = 256 * 1024
-"""Bytes of answers to control frames (PING, SETTINGS) that a peer may leave unread."""
 
 
 @dataclass(eq=False, slots=True)
@@ -90,10 +87,10 @@ class Shared:
 
     def hold(self, user: str, before: int, size: int) -> None:
         """A call's message is so long, after one that was. Raises LimitReached."""
-        most = MESSAGES_HELD * self.bounds.max_message
+        most = self.bounds.max_messages_per_user
         if size > before and self.held[user] + size - before > most:
             reason = f'the messages of user "{user}" that are under way are longer than {most} bytes together; try again in 1 s'
-            raise LimitReached("read request", "max_message", reason, retry_after=1.0)
+            raise LimitReached("read request", "max_messages_per_user", reason, retry_after=1.0)
         self.held[user] += size - before
 
 
@@ -138,7 +135,7 @@ class ServerProtocol(H2Protocol):
         self.transport.set_write_buffer_limits(MAX_UNSENT)
         bounds = self.shared.bounds
         window = self.config.http2_stream_window_size
-        limits = {"max_streams": bounds.max_streams, "max_header_size": bounds.max_header_size}
+        limits = {"max_streams": bounds.max_streams_per_connection, "max_header_size": bounds.max_header_size}
         self.http2 = Http2(self.h2_config, stream_window=window, **limits)
         self.http2.initiate_connection()
         self.http2.increment_flow_control_window(self.config.http2_connection_window_size - 65535)
@@ -180,7 +177,7 @@ class ServerProtocol(H2Protocol):
         try:
             costly, pieces = self._meter.pieces(data)
             if self.frames.take(costly):
-                raise TooMuch(f"more than {self.frames.per_second:g} small frames a second ({self.shared.frames.bound})")
+                raise TooMuch(f"more than {self.frames.per_second:g} small frames a second", self.shared.frames.bound)
         except ProtocolError as exc:
             self._protocol_error(exc)
             return
@@ -222,8 +219,8 @@ class ServerProtocol(H2Protocol):
         # What is written while data comes in are answers to control frames. Output waits for the peer to read; these do not.
         if not self.connection.write_ready.is_set():
             self._unread += max(0, self.transport.get_write_buffer_size() - before)
-        if self._unread > MAX_UNREAD_ANSWERS:
-            self.cut("it does not read the answers to its control frames", "unread")
+        if self._unread > self.shared.bounds.max_unread_answers:
+            self.cut("it does not read the answers to its control frames (max_unread_answers)", "max_unread_answers")
 
     def streams(self) -> list[ServerStream]:
         """The calls that are being handled."""
@@ -260,13 +257,13 @@ class ServerProtocol(H2Protocol):
         return who(self.transport.get_extra_info("peercert"), address_of(self.transport.get_extra_info("peername")))
 
     def _protocol_error(self, exc: ProtocolError) -> None:
-        cause = self.shared.frames.bound if isinstance(exc, TooMuch) else "protocol"
+        cause = exc.bound if isinstance(exc, TooMuch) else "protocol"
         self.end(f"cannot go on: {str(exc) or type(exc).__name__}", cause, exc.error_code)
 
     def _request_received(self, event: RequestReceived) -> None:
         bounds, account = self.shared.bounds, self.shared.account
         # A call that is reset is handled to its end all the same: without this bound a flood of them would pile up.
-        if self.handler.unfinished() > 4 * bounds.max_streams:
+        if self.handler.unfinished() > 4 * bounds.max_streams_per_connection:
             self.cut("it resets calls faster than they can be ended", "resets")
             return
         assert event.stream_id is not None
@@ -275,9 +272,9 @@ class ServerProtocol(H2Protocol):
         except ProtocolError as exc:
             self._malformed(event.stream_id, exc)
             return
-        known = self.http2.streams
-        if sum(number in known and not known[number].closed for number in self.processor.streams) >= bounds.max_streams:
-            account.refused(self.who(), "max_streams_per_connection", f"it has {bounds.max_streams} calls at once")
+        known, most = self.http2.streams, bounds.max_streams_per_connection
+        if sum(number in known and not known[number].closed for number in self.processor.streams) >= most:
+            account.refused(self.who(), "max_streams_per_connection", f"it has {most} calls at once")
             self.http2.reset_stream(event.stream_id, ErrorCodes.REFUSED_STREAM)
             return
         stream = ServerStream(self.connection, event.stream_id, bounds)

@@ -64,7 +64,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[RunningServer]:
     async with contextlib.AsyncExitStack() as last, JobRunner.open(config.runner, wait=False) as runner:
         last.callback(account.close)
         draining = anyio.Event()
-        jobs = JobService(runner, draining, config.max_followers_per_job, account.metrics)
+        jobs = JobService(runner, draining, config.bounds, account.metrics)
         handlers = [jobs, HealthService(draining), ReflectionService(descriptors.load())]
         server = JobServer(handlers, config, trust, account, draining)
         collector = ServerCollector(server, runner, trust)

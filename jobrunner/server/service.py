@@ -14,6 +14,7 @@ from grpclib.const import Cardinality, Handler
 from grpclib.server import Stream
 
 from jobrunner import __version__
+from jobrunner.bounds import Bounds
 from jobrunner.errors import HostError, JobNotFound, JobRemoved, StopFailed, Unsupported
 from jobrunner.job import EndReason, Gap, JobInfo, JobStatus
 from jobrunner.output import Chunk, Selection
@@ -39,10 +40,6 @@ __all__ = ["JobService"]
 
 PACKAGED = "/jobrunner.v1.JobService/"
 ORIGINAL = "/JobService/"
-LANES = 2
-"""Lists, and searches of a log for its last lines or for a time, that are made for one user at once."""
-STARTS = 16
-"""Starts that are made for one user at once: enough for the cores of a large host, and another user's start waits for few."""
 SENDS = 8
 """Parts of output that are sent to the followers of one user in a turn of the event loop: some milliseconds."""
 ORIGINAL_CALLS = ("Start", "Stop", "QueryStatus", "SubscribeOutput")
@@ -55,12 +52,13 @@ class DrainState(Protocol):
 class JobService(pb.JobServiceBase):
     """The service over one runner."""
 
-    def __init__(self, runner: JobRunner, draining: DrainState, max_followers_per_job: int, metrics: Metrics) -> None:
+    def __init__(self, runner: JobRunner, draining: DrainState, bounds: Bounds, metrics: Metrics) -> None:
         self._runner = runner
         self._draining = draining
         self._metrics = metrics
-        self._followers = Counted("max_followers_per_job", max_followers_per_job)
-        self._lists, self._searches, self._starts = Lanes(LANES), Lanes(LANES), Lanes(STARTS)
+        self._followers = Counted("max_followers_per_job", bounds.max_followers_per_job)
+        self._starts = Lanes(bounds.max_starts_per_user)
+        self._lists, self._searches = Lanes(bounds.max_searches_per_user), Lanes(bounds.max_searches_per_user)
         self._sends = Gate(SENDS)
 
     def __mapping__(self) -> dict[str, Handler]:

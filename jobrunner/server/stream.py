@@ -11,7 +11,6 @@ import asyncio
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from grpclib.const import Status
@@ -23,10 +22,11 @@ from jobrunner.errors import InvalidRequest, JobRunnerError, LimitReached
 from jobrunner.wire.status import error_to_wire
 
 if TYPE_CHECKING:
+    from jobrunner.bounds import Bounds
     from jobrunner.server.connection import Http2
     from jobrunner.server.http2 import ServerConnection
 
-__all__ = ["Bounds", "ServerStream"]
+__all__ = ["ServerStream"]
 
 MAX_AT_ONCE = 128 * 1024
 """Bytes of a message that may be written at once: a log's chunks. Longer ones wait for the peer between their frames."""
@@ -34,19 +34,6 @@ AT_ONCE = 64 * 1024
 """Bytes in one write: TLS keeps a buffer for each connection that is as long as the longest was."""
 PUSHBACK = "grpc-retry-pushback-ms"
 """Other gRPC clients know it: https://github.com/grpc/proposal/blob/master/A6-client-retries.md#pushback"""
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Of one connection; sizes in bytes, times in seconds."""
-
-    max_message: int
-    max_header_size: int
-    max_streams: int
-    max_connections_per_user: int
-    max_calls_per_user: int
-    receive_timeout: float
-    send_timeout: float
 
 
 class ServerStream(Stream):

@@ -12,14 +12,13 @@ from typing import Any
 import betterproto2
 from grpclib.encoding.base import CodecBase
 
-__all__ = ["Encoded", "MalformedMessage", "StrictCodec", "check_message", "payloads"]
+__all__ = ["Encoded", "MalformedMessage", "StrictCodec", "TooManyFields", "check_message", "payloads"]
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 MAX_DEPTH = 32
 """Messages within messages; ours are four deep."""
-MAX_FIELDS = 65536
 MAX_UNKNOWN = 1000
-"""Fields in one message: betterproto2 takes time that grows with the square of the unknown ones, and of repeats of a plain one."""
+"""Fields in one message that are unknown, or a plain one's repeats: betterproto2 takes time that grows with their square."""
 
 WIRE_TYPE = {
     **dict.fromkeys(betterproto2.WIRE_VARINT_TYPES, VARINT),
@@ -31,6 +30,10 @@ WIRE_TYPE = {
 
 class MalformedMessage(ValueError):
     """These bytes are no message of this type; the text says where and why."""
+
+
+class TooManyFields(MalformedMessage):
+    """There may be more of them in a message than its reader wants to look at."""
 
 
 class Encoded:
@@ -53,6 +56,10 @@ class StrictCodec(CodecBase):
 
     __content_subtype__ = "proto"
 
+    def __init__(self, max_fields: int = 65536) -> None:
+        """So many fields may be in one message that is read, not counting those of messages within it."""
+        self._max_fields = max_fields
+
     def encode(self, message: Any, message_type: type[Any]) -> bytes:
         if not isinstance(message, message_type):
             raise TypeError(f"cannot encode message: {type(message).__name__} is not {message_type.__name__}")
@@ -62,14 +69,14 @@ class StrictCodec(CodecBase):
     def decode(self, data: bytes, message_type: type[Any]) -> Any:
         if message_type is Encoded:
             return Encoded(data)
-        check_message(data, message_type)
+        check_message(data, message_type, self._max_fields)
         try:
             return message_type.FromString(data)
         except (ValueError, OverflowError) as exc:  # UnicodeDecodeError is a ValueError; a Timestamp out of range overflows
             raise MalformedMessage(f"cannot parse {message_type.__name__}: {exc}") from exc
 
 
-def check_message(data: bytes, message_type: type[Any], depth: int = 0) -> None:
+def check_message(data: bytes, message_type: type[Any], max_fields: int, depth: int = 0) -> None:
     """Raises MalformedMessage unless `data` is a message of this generated type, as far as the types of its fields go."""
     if depth > MAX_DEPTH:
         raise MalformedMessage(f"cannot parse {message_type.__name__}: more than {MAX_DEPTH} messages within each other")
@@ -83,8 +90,10 @@ def check_message(data: bytes, message_type: type[Any], depth: int = 0) -> None:
             fields += 1
             # A plain field may come again, and the last counts; whoever makes use of that sends few of them.
             unknown += name is None or (name in seen and not _may_repeat(meta.meta_by_field_name[name]))
-            if fields > MAX_FIELDS or unknown > MAX_UNKNOWN:
-                raise MalformedMessage(f"it has more than {MAX_FIELDS} fields, or {MAX_UNKNOWN} that are unknown or repeated")
+            if fields > max_fields:
+                raise TooManyFields(f"it has more than {max_fields} fields")
+            if unknown > MAX_UNKNOWN:
+                raise MalformedMessage(f"it has more than {MAX_UNKNOWN} fields that are unknown or repeated")
             if name is None:
                 continue
             seen.add(name)
@@ -93,10 +102,10 @@ def check_message(data: bytes, message_type: type[Any], depth: int = 0) -> None:
                 raise MalformedMessage(f"field {name} has wire type {wire_type}")
             nested = _nested(meta, name, field)
             if nested is not None:
-                check_message(data[start:at], nested, depth + 1)
+                check_message(data[start:at], nested, max_fields, depth + 1)
     except MalformedMessage as exc:
         text = str(exc)
-        raise MalformedMessage(text if text.startswith("cannot") else f"cannot parse {message_type.__name__}: {text}") from None
+        raise type(exc)(text if text.startswith("cannot") else f"cannot parse {message_type.__name__}: {text}") from None
 
 
 def _may_repeat(field: betterproto2.FieldMetadata) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from jobrunner.bounds import Bounds
 from jobrunner.config import DEFAULTS, KEYS, LIMIT_KEYS, RunnerConfig, ServerConfig, load
 from jobrunner.errors import ConfigError
 from jobrunner.job import Limits, OutputPolicy
@@ -39,8 +40,8 @@ def test_defaults() -> None:
 
 
 def test_every_field_has_a_key_and_every_key_a_field() -> None:
-    own = {field.name for field in (*fields(ServerConfig), *fields(RunnerConfig))}
-    assert set(KEYS) == own - {"runner", "defaults", "ceilings", "offers"}
+    own = {field.name for field in (*fields(ServerConfig), *fields(RunnerConfig), *fields(Bounds))}
+    assert set(KEYS) == own - {"runner", "bounds", "defaults", "ceilings", "offers"}
 
 
 def test_the_command_line_is_before_the_environment_before_the_file(tmp_path: Path) -> None:

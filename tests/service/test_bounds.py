@@ -12,13 +12,14 @@ import pytest
 from h2.errors import ErrorCodes
 from h2.events import ConnectionTerminated, StreamReset
 
+from jobrunner.bounds import Bounds
 from jobrunner.client import JobClient
-from jobrunner.errors import LimitReached
-from jobrunner.server.http2 import MESSAGES_HELD
+from jobrunner.errors import LimitReached, Timeout
+from jobrunner.runner import JobRunner
 from jobrunner.server.limits import Bucket, Counted, Lanes, Rate
-from jobrunner.server.service import STARTS
 from tests.support.http2 import HEADERS, RawPeer, framed, raw_peer
 from tests.support.server import Running, eventually, failure, message, serving, start, subscribe, unary
+from tests.support.timing import fail_after
 
 pytestmark = pytest.mark.requires("root")
 
@@ -270,13 +271,13 @@ def test_what_is_counted_is_given_back_also_after_an_error() -> None:
 async def test_messages_under_way_are_so_long_together_for_each_user(tmp_path: Path) -> None:
     """Said to be long, and not there: as many as hold what a user may, then none, until one of them is over."""
     begun = framed(bytes(1000))[:100]
-    async with serving(tmp_path, max_message=1000) as running, raw_peer(running) as peer:
-        streams = [await peer.request(QUERY, begun, end=False) for _ in range(MESSAGES_HELD)]
+    async with serving(tmp_path, max_message=1000, max_messages_per_user=3000) as running, raw_peer(running) as peer:
+        streams = [await peer.request(QUERY, begun, end=False) for _ in range(3)]
         more = await peer.status(await peer.request(QUERY, begun, end=False))
         assert more == (
             RESOURCE_EXHAUSTED,
-            'cannot read request: the messages of user "admin" that are under way are longer than 8000 bytes together; '
-            "try again in 1 s (max_message)",
+            'cannot read request: the messages of user "admin" that are under way are longer than 3000 bytes together; '
+            "try again in 1 s (max_messages_per_user)",
         )
         assert (await peer.status(await peer.request(QUERY, framed(b""))))[0] == NOT_FOUND
         async with raw_peer(running, "viewer") as other:
@@ -286,7 +287,7 @@ async def test_messages_under_way_are_so_long_together_for_each_user(tmp_path: P
             assert (await other.status(stream))[0] == "3", "nothing of that is a message, but it was read"
         peer.h2.reset_stream(streams[0])
         await peer.flush()
-        await eventually(lambda: running.server._shared.held["admin"] == 1000 * (MESSAGES_HELD - 1))
+        await eventually(lambda: running.server._shared.held["admin"] == 2000)
         assert (await peer.status(await peer.request(QUERY, framed(bytes(1000)))))[0] == "3"
         for stream in streams[1:]:
             peer.h2.reset_stream(stream)
@@ -302,19 +303,83 @@ async def test_who_follows_holds_its_message_as_long_as_it_follows(tmp_path: Pat
         for _ in range(10):
             await peer.request("/jobrunner.v1.JobService/SubscribeOutput", follow)
         await eventually(lambda: running.server._shared.held["admin"] > 8 * 1500)
-        assert running.server._shared.held["admin"] <= MESSAGES_HELD * 2000
+        assert running.server._shared.held["admin"] <= 8 * 2000
 
 
 async def test_of_one_user_s_starts_few_are_made_at_once(tmp_path: Path) -> None:
-    async with serving(tmp_path) as running, running.channel(running.pair("mallory", "admin")) as many, running.channel() as one:
+    async with (
+        serving(tmp_path, max_starts_per_user=3) as running,
+        running.channel(running.pair("mallory", "admin")) as many,
+        running.channel() as one,
+    ):
         most, under_way = 0, running.runner._starting
         async with anyio.create_task_group() as tasks:
-            for _ in range(3 * STARTS):
+            for _ in range(20):
                 tasks.start_soon(start, many, "true")
-            await eventually(lambda: under_way["mallory"] == STARTS)
+            await eventually(lambda: under_way["mallory"] == 3)
             await start(one, "true")
             assert running.server._calls(), "its start did not wait for all of theirs"
             while running.server._calls():
                 most = max(most, under_way["mallory"])
                 await anyio.lowlevel.checkpoint()
-        assert 1 < most <= STARTS
+        assert 1 < most <= 3
+
+
+async def test_a_request_has_so_many_fields(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_fields=256) as running, running.channel() as channel, client(running) as own:
+        many = unary(channel, "Start", "JobStartResponse")(message("JobStartRequest", command="true", args=["x"] * 256))
+        reason = "cannot call Start: cannot parse JobStartRequest: it has more than 256 fields (max_fields)"
+        assert await failure(many) == (EXHAUSTED, reason)
+        with pytest.raises(LimitReached) as caught:
+            await own.start("true", *["x"] * 256)
+        assert caught.value.bound == "max_fields"
+        await own.start("true", *["x"] * 250)
+
+
+async def test_so_many_lists_of_a_user_are_made_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path, max_searches_per_user=1) as running, client(running) as own, client(running, "viewer") as other:
+        begun, held = 0, anyio.Event()
+
+        async def loaded(runner: JobRunner) -> None:
+            nonlocal begun
+            begun += 1
+            await held.wait()
+
+        monkeypatch.setattr(JobRunner, "loaded", loaded)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(own.list)
+            await eventually(lambda: begun == 1)
+            async with client(running, timeout=0.5) as impatient:
+                with pytest.raises(Timeout):
+                    await impatient.list()
+            assert begun == 1
+            tasks.start_soon(other.list)
+            await eventually(lambda: begun == 2)
+            held.set()
+
+
+async def test_a_user_sends_so_many_small_frames(tmp_path: Path) -> None:
+    ping = b"\0\0\x08\x06\0\0\0\0\0" + bytes(8)
+    async with serving(tmp_path, max_frames_per_second=100) as running, raw_peer(running) as peer:
+        peer.writer.write(ping * 400)
+        assert await goaway(peer) == (
+            ErrorCodes.ENHANCE_YOUR_CALM,
+            b"cannot go on: more than 100 small frames a second (max_frames_per_second)",
+        )
+    async with serving(tmp_path / "more") as running, raw_peer(running) as peer:
+        peer.writer.write(ping * 400)
+        assert (await peer.status(await peer.request(QUERY, framed(b""))))[0] == NOT_FOUND
+
+
+async def test_a_peer_may_leave_so_many_answers_unread(tmp_path: Path) -> None:
+    """As few as it may by default are the end of a connection: tests of connections."""
+    pings = (b"\0\0\x08\x06\0\0\0\0\0" + bytes(8)) * 10_000
+    async with serving(tmp_path, max_unread_answers=1 << 30, max_calls_per_second=1_000_000) as running, raw_peer(running) as peer:
+        await eventually(lambda: running.server.connections == 1)
+        (protocol,) = running.server._connections
+        peer.pause()
+        with fail_after(30):
+            while protocol._unread <= Bounds().max_unread_answers:
+                peer.writer.write(pings)
+                await peer.writer.drain()
+        assert not protocol.transport.is_closing()

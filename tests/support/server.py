@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from jobrunner.bounds import READERS, Bounds
 from jobrunner.config import RunnerConfig, ServerConfig
 from jobrunner.server.process import running_server
 from tests.support.certs import CertificateAuthority, Pair
@@ -62,7 +63,7 @@ async def official_channel(address: str, ca: Path, pair: Pair | None) -> AsyncIt
 
 @asynccontextmanager
 async def serving(path: Path, *, keep_jobs: bool = False, **settings: Any) -> AsyncIterator[Running]:
-    """Serve below `path`; settings are ServerConfig's, and those of RunnerConfig under `runner`.
+    """Serve below `path`; settings are ServerConfig's and Bounds', and those of RunnerConfig under `runner`.
 
     Jobs are stopped in the end, unless kept.
     """
@@ -70,7 +71,8 @@ async def serving(path: Path, *, keep_jobs: bool = False, **settings: Any) -> As
     pair = authority.issue_server()
     runner = RunnerConfig(state_dir=path / "state", **settings.pop("runner", {}))
     settings.setdefault("listen", "127.0.0.1:0")
-    config = ServerConfig(runner=runner, ca=authority.pem, cert=pair.cert, key=pair.key, **settings)
+    bounds = Bounds(**{name: settings.pop(name) for name in READERS.keys() & settings})
+    config = ServerConfig(runner=runner, bounds=bounds, ca=authority.pem, cert=pair.cert, key=pair.key, **settings)
     async with running_server(config) as running:
         try:
             yield Running(running.address, running.server, running.runner, authority, running.metrics)

@@ -3,6 +3,7 @@
 followers   32 processes that join, stall, vanish and reconnect, through a proxy that cuts connections: every byte, once
 memory      the server's memory while a job writes without end and 100 followers stall
 endings     jobs that end the instant after their last write
+outage      a server that is dead for long, and jobs whose times are over meanwhile
 
 A round is a function of a fresh directory and `Sizes`; what it returns is printed. Rounds about crashes belong into ROUNDS as well.
 """
@@ -22,10 +23,11 @@ from pathlib import Path
 from tests.soak.endings import endings
 from tests.soak.followers import followers
 from tests.soak.memory import memory
+from tests.soak.outage import outage
 from tests.soak.sizes import FULL, SHORT, Sizes
 
 Round = Callable[[Path, Sizes], Awaitable[str]]
-ROUNDS: Mapping[str, Round] = {"followers": followers, "memory": memory, "endings": endings}
+ROUNDS: Mapping[str, Round] = {"followers": followers, "memory": memory, "endings": endings, "outage": outage}
 
 
 async def _run(names: list[str], sizes: Sizes) -> None:

@@ -19,7 +19,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SHIM = "jobrunner/shim/jobrunner-shim"
 FLAGS = (
-    *("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"),
+    *("-std=gnu11", "-O2", "-pthread", "-Wall", "-Wextra", "-Werror"),
     *("-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-fstack-protector-strong"),
     *("-Wl,-z,relro,-z,now,-z,noexecstack", "-s"),
 )

@@ -9,6 +9,7 @@
 
 #include <limits.h>
 #include <poll.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -195,9 +196,13 @@ struct job {
 	const struct places *places;
 	struct exit_record record;
 	int ctl, ctl_keeper, init, channel, oom;	/* FIFO and our own writing end of it, pidfd, socket, what tells OOM; -1: none */
-	int output[2];				/* reading ends of stdout and stderr, -1 once they are closed */
-	int64_t started, last_output;
+	int output[2];				/* reading ends of stdout and stderr; -1: none, they are merged */
+	int64_t started;
+	_Atomic int64_t last_output;
+	_Atomic enum cause log_cause;		/* why the copier says that the job should end */
+	int log_bell;				/* eventfd that it rings with that */
 	int64_t deadline, idle_ns, kill_at, oom_until;
+	int unread;				/* bytes of output that had not been read when the supervisor looked last */
 	enum cause stop_cause;			/* asked for; whether it is why the job ended is decided at the end */
 	bool delivered, killed, exited, oom_kill;
 	int wait_status;			/* if `exited` */
@@ -224,9 +229,11 @@ void decide(struct job *job);
 void kill_init(struct job *job);
 bool take_messages(struct job *job);
 void lift_limits(const struct places *places);						/* lift.c */
-void copy_watch(const struct job *job, int64_t now, struct pollfd out[2], int64_t *wake);	/* copy.c */
-void copy_ready(struct job *job, const struct pollfd out[2]);
-void copy_rest(struct job *job);
+int copy_begin(struct job *job, struct report *why);					/* copy.c */
+enum cause copy_cause(struct job *job);
+void copy_go_on(struct job *job);
+int copy_unread(const struct job *job, bool *full);
+void copy_end(void);
 int ctl_claim(struct job *job, struct report *why);					/* ctl.c */
 bool ctl_heard_stop(struct job *job);
 bool ctl_stop_file(const struct job *job, bool asked, struct stop *stop);

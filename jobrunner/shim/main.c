@@ -12,8 +12,8 @@
  * when it was not: a start that failed leaves no process.
  *
  * The shim (shim.c, supervise.c, copy.c, ctl.c) is the job's only supervisor and outlives the server, of which it holds nothing: no
- * descriptor, no terminal, no cgroup. It copies the job's output into the log (log.c), is told through the FIFO `ctl`, and alone
- * signals, by a pidfd, so that no number can come to mean somebody else.
+ * descriptor, no terminal, no cgroup. It copies the job's output into the log (log.c), in a thread of its own, because a disk may
+ * stall; it is told through the FIFO `ctl`, and alone signals, by a pidfd, so that no number can come to mean somebody else.
  *
  * init (init.c, userns.c, isolate.c, and root.c, overlay.c, dev.c, procfs.c, volume.c for what the job sees) is pid 1 of the job's PID
  * namespace: when it is gone so is every process in there, and the kernel has waited for them. It dies with the shim. It reaps, passes

@@ -168,9 +168,10 @@ static int give_birth(struct job *job, int answer, struct report *why)
 		return -1;
 
 	/* While init is at work. */
-	job->started = job->last_output = now_ns(CLOCK_BOOTTIME);
+	job->started = now_ns(CLOCK_BOOTTIME);
+	job->last_output = job->started;
 	job->record.started_real_ns = now_ns(CLOCK_REALTIME);
-	if (exit_prepare(job->places->dir, &job->record, why) == 0)
+	if (copy_begin(job, why) == 0 && exit_prepare(job->places->dir, &job->record, why) == 0)
 		let_go(job);
 	else
 		kill_init(job);
@@ -218,7 +219,7 @@ static void settle(struct job *job)
 		take_messages(job);
 	record->ended_real_ns = now_ns(CLOCK_REALTIME);
 	record->wall_ns = (uint64_t)(now_ns(CLOCK_BOOTTIME) - job->started);
-	copy_rest(job);
+	copy_end();
 	counters_read(record->counters);
 	decide(job);
 	record->state = STATE_ENDED;
@@ -238,7 +239,7 @@ static void set_timers(struct job *job)
 
 _Noreturn void shim_main(struct plan *plan, const struct places *places, int answer)
 {
-	static struct job job = {.ctl = -1, .ctl_keeper = -1, .init = -1, .channel = -1, .oom = -1, .output = {-1, -1},
+	static struct job job = {.ctl = -1, .ctl_keeper = -1, .init = -1, .channel = -1, .oom = -1, .log_bell = -1, .output = {-1, -1},
 				 .deadline = NEVER, .idle_ns = NEVER, .kill_at = NEVER, .oom_until = NEVER};
 	struct report why = {0};
 	job.plan = plan;

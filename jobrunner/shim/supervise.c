@@ -1,7 +1,8 @@
 /*
  * The supervisor: one loop over descriptors and timers. What ends a job, and why, is decided here and nowhere else.
  *
- * From the report `started` on nothing here may exit: whatever fails, the loop goes on until init is gone.
+ * From the report `started` on nothing here may exit: whatever fails, the loop goes on until init is gone. Nor may anything here wait
+ * for the disk, which may stall: what is written is the copier's (copy.c), and the file `stop`, which is read, has just been written.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -16,8 +17,9 @@
 #define LONGEST_WAIT (60 * 1000 * MS)
 #define OOM_WAIT (1000 * MS)
 #define OOM_TICK (5 * MS)
+#define IDLE_LOOKS 16	/* in the time of an idle timeout, which is late by one of them at most while the disk stalls */
 
-enum { OUT, ERR, INIT, CHANNEL, CTL, OOM, N_WATCHED };
+enum { INIT, CHANNEL, CTL, OOM, LOG, N_WATCHED };
 
 /*
  * With init goes everything in its PID namespace (pid_namespaces(7)), whether it goes by our kill, after its command's own end, or by
@@ -58,9 +60,10 @@ static void begin_stop(struct job *job, enum cause cause, int64_t signal, int64_
 /* What the log says of the output: it is more than is kept, or cannot be written. */
 static void take_log(struct job *job)
 {
-	enum cause cause = log_cause();
+	const enum cause cause = copy_cause(job);
 	if (cause != CAUSE_NONE)
 		begin_stop(job, cause, job->plan->stop_signal, job->plan->grace_ms);
+	copy_go_on(job);
 }
 
 static void take_stop(struct job *job, bool asked)
@@ -141,12 +144,24 @@ static void check_oom(struct job *job, int64_t now)
 		job->oom_until = NEVER;
 }
 
+/* What the copier has not read, because the disk stalls, is output all the same; and a job that waits for it is not silent. */
+static void look_for_output(struct job *job, int64_t now)
+{
+	bool full;
+	const int unread = copy_unread(job, &full);
+	if (full || unread > job->unread)
+		job->last_output = now;
+	job->unread = unread;
+}
+
 static void run_timers(struct job *job, int64_t now)
 {
 	if (now >= job->deadline) {
 		job->deadline = NEVER;
 		begin_stop(job, CAUSE_DEADLINE, job->plan->stop_signal, job->plan->grace_ms);
 	}
+	if (job->idle_ns != NEVER)
+		look_for_output(job, now);
 	if (job->idle_ns != NEVER && now - job->last_output >= job->idle_ns) {
 		job->idle_ns = NEVER;
 		begin_stop(job, CAUSE_IDLE_TIMEOUT, job->plan->stop_signal, job->plan->grace_ms);
@@ -159,8 +174,11 @@ static void run_timers(struct job *job, int64_t now)
 static int64_t next_timer(const struct job *job, int64_t now)
 {
 	int64_t next = job->deadline < job->kill_at ? job->deadline : job->kill_at;
-	if (job->idle_ns != NEVER && job->last_output + job->idle_ns < next)
-		next = job->last_output + job->idle_ns;
+	if (job->idle_ns != NEVER) {
+		const int64_t look_at = now + job->idle_ns / IDLE_LOOKS, silent_at = job->last_output + job->idle_ns;
+		next = look_at < next ? look_at : next;
+		next = silent_at < next ? silent_at : next;
+	}
 	if (job->oom_until != NEVER && now + OOM_TICK < next)
 		next = now + OOM_TICK;
 	return next;
@@ -169,9 +187,10 @@ static int64_t next_timer(const struct job *job, int64_t now)
 static void wait_for_something(struct job *job, struct pollfd watched[N_WATCHED])
 {
 	int64_t now = now_ns(CLOCK_BOOTTIME), wake = next_timer(job, now);
-	copy_watch(job, now, &watched[OUT], &wake);
-	const int fds[N_WATCHED] = {[INIT] = job->init, [CHANNEL] = job->channel, [CTL] = job->ctl, [OOM] = job->oom};
-	for (int i = INIT; i < N_WATCHED; i++)
+	const int fds[N_WATCHED] = {
+		[INIT] = job->init, [CHANNEL] = job->channel, [CTL] = job->ctl, [OOM] = job->oom, [LOG] = job->log_bell
+	};
+	for (int i = 0; i < N_WATCHED; i++)
 		watched[i] = (struct pollfd){.fd = fds[i], .events = POLLIN};
 	if (job->places->oom_events >= 0)
 		watched[OOM].events = POLLPRI;
@@ -194,8 +213,8 @@ void supervise(struct job *job)
 		run_timers(job, now_ns(CLOCK_BOOTTIME));
 		if (watched[CTL].revents && ctl_heard_stop(job))
 			take_stop(job, true);
-		copy_ready(job, &watched[OUT]);
-		take_log(job);
+		if (watched[LOG].revents)
+			take_log(job);
 		if (watched[CHANNEL].revents && !take_messages(job)) {
 			close(job->channel);	/* a hang-up would spin until the kernel has ended the namespace */
 			job->channel = -1;

@@ -1,4 +1,4 @@
-"""Start one job: its item list and the launcher; and the handle on the `ctl` of its shim.
+"""Start one job: the item list that its launcher is given; and the handle on the `ctl` of its shim.
 
 This process is never a job's parent and never in its data path: the launcher leaves once the command has been executed, and what is
 left is a FIFO whose only reader is the shim.
@@ -20,13 +20,14 @@ from jobrunner import places
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import JobRunnerError, StartFailed
 from jobrunner.job import OutputPolicy, signal_number
+from jobrunner.launcher import Launcher
 from jobrunner.linux import check
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup
 from jobrunner.linux.user import identity, is_root
 from jobrunner.record import JobRecord
 from jobrunner.shim import binary_path
 from jobrunner.shim.exitrecord import read_exit
-from jobrunner.shim.launch import PROTECTIONS, LaunchPlan, VolumeMount, pack_plan, parse_report
+from jobrunner.shim.launch import PROTECTIONS, LaunchPlan, VolumeMount, pack_plan
 from jobrunner.workspace import TARGET
 
 logger = logging.getLogger(__name__)
@@ -93,25 +94,20 @@ def base_name(state_dir: Path) -> str:
 
 
 async def launch(
-    record: JobRecord, cgroup: JobCgroup, directory: Path, config: RunnerConfig, calls: bytes, volumes: Sequence[VolumeMount] = ()
+    launcher: Launcher,
+    record: JobRecord,
+    cgroup: JobCgroup,
+    directory: Path,
+    config: RunnerConfig,
+    calls: bytes,
+    volumes: Sequence[VolumeMount] = (),
 ) -> float:
-    """Run the launcher until the job's command has been executed; when that was, by the shim's clock (seconds since the epoch).
+    """Have the launcher run until the job's command has been executed; when that was, by the shim's clock, seconds since the epoch.
     `calls` is the filter of system calls.
 
     Raises StartFailed with the step that failed, and then no process is left; LauncherLost if nobody told.
     """
-    try:
-        with os.fdopen(os.memfd_create("jobrunner-launch", os.MFD_CLOEXEC), "wb") as items:
-            items.write(pack_plan(_plan(record, cgroup, directory, config, calls, volumes)))
-            items.flush()
-            process = await asyncio.create_subprocess_exec(
-                binary_path(), stdin=items, stdout=asyncio.subprocess.PIPE, cwd="/", env={}, start_new_session=True
-            )
-    except OSError as exc:
-        raise StartFailed(record.spec.command, "launcher", exc.errno or 0) from exc
-    assert process.stdout is not None
-    report = parse_report(await process.stdout.read())
-    await process.wait()
+    report = await launcher.run(pack_plan(_plan(record, cgroup, directory, config, calls, volumes)))
     if report is None:
         raise LauncherLost(f'cannot start "{record.spec.command}": the launcher was killed')
     if not report.started:

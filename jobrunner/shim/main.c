@@ -7,8 +7,8 @@
  *
  * One program, four processes, each made by the one before; only the command is another program.
  *
- * The launcher (this file) is the server's child for a few milliseconds. It reads the item list from its standard input, opens all
- * that can be refused early, makes the shim, and hands on one line. It leaves at once when the job was started, and after the shim
+ * The launcher (this file) is the server's child for a few milliseconds. It waits until the job's record is durable, reads the item
+ * list from its standard input, opens all that can be refused early, makes the shim, and hands on one line. It leaves at once when the job was started, and after the shim
  * when it was not: a start that failed leaves no process.
  *
  * The shim (shim.c, supervise.c, copy.c, ctl.c) is the job's only supervisor and outlives the server, of which it holds nothing: no
@@ -20,6 +20,7 @@
  * on the one signal that the shim asks for, and tells the command's end.
  *
  * Pipes
+ *   stdout    server <-> launcher         socket: one byte when the record is durable, then the launcher's line
  *   answer    shim -> launcher            struct report: STARTED or FAILED
  *   report    init, command -> shim       struct report: READY or FAILED; its end-of-file after READY is execve's close-on-exec
  *   channel   shim <-> init               socket pair of struct message; its hang-up tells each of the other's death
@@ -174,6 +175,16 @@ int tell_server(const struct report *why)
 	return why->kind == REPORT_FAILED ? 1 : 0;
 }
 
+/* The list is written, and the job's record is on the disk. A server that is gone says nothing more. */
+static bool is_let_go(void)
+{
+	char go;
+	ssize_t n;
+	while ((n = read(STDOUT_FILENO, &go, 1)) < 0 && errno == EINTR)
+		;
+	return n == 1;
+}
+
 int main(int argc, char **argv)
 {
 	static struct plan plan;
@@ -186,6 +197,8 @@ int main(int argc, char **argv)
 		probe_all();
 		_exit(0);
 	}
+	if (argc == 2 && strcmp(argv[1], "wait") == 0 && !is_let_go())
+		_exit(1);
 	if (plan_read(STDIN_FILENO, &plan, &why) == 0 && open_places(&plan, &places, &why) == 0 && counters_open(&plan, &why) == 0)
 		launch(&plan, &places, &why);
 	_exit(tell_server(&why));

@@ -35,7 +35,7 @@ async def entered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
             launcher = path / "launcher"
             launcher.write_text(WITHOUT_PIVOT.format(python=sys.executable, shim=str(binary_path())))
             launcher.chmod(0o755)
-            patch.setattr("jobrunner.sandbox.binary_path", lambda: launcher)
+            patch.setattr("jobrunner.launcher.binary_path", lambda: launcher)
         async with open_arena(path) as arena:
             yield request.param, arena
 

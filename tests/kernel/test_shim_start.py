@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 from jobrunner.shim import binary_path
 from jobrunner.shim.exitrecord import Cause, State, read_exit
 from jobrunner.shim.launch import Report, pack_plan
-from tests.support.shim import ShimJob, enter, own_cgroup, read_proc, shim_job, wait_until
+from tests.support.shim import ShimJob, enter, own_cgroup, read_proc, shim_job, status_field, wait_until
 
 pytestmark = pytest.mark.requires("root")
 
@@ -75,6 +76,33 @@ def test_a_memfd_left_at_its_end_is_read_from_its_start(job: ShimJob) -> None:
     done = subprocess.run([binary_path()], stdin=fd, stdout=subprocess.PIPE, check=False)
     os.close(fd)
     assert (done.returncode, done.stdout) == (0, b"started\n")
+
+
+def test_a_launcher_that_waits_starts_nothing_until_it_is_told(job: ShimJob) -> None:
+    ours, its = socket.socketpair()
+    fd = os.memfd_create("list")
+    with ours, its, subprocess.Popen([binary_path(), "wait"], stdin=fd, stdout=its.fileno()) as launcher:
+        its.close()
+        wait_until(lambda: status_field(launcher.pid, "State")[:1] == "S")
+        os.write(fd, pack_plan(job.plan("sleep", "100")))
+        os.close(fd)
+        assert os.listdir(job.directory) == ["log"]
+        ours.send(b"\n")
+        assert ours.recv(100) == b"started\n"
+        assert launcher.wait(timeout=20) == 0
+
+
+def test_a_launcher_that_waits_leaves_with_its_server(job: ShimJob) -> None:
+    ours, its = socket.socketpair()
+    fd = os.memfd_create("list")
+    os.write(fd, pack_plan(job.plan("sleep", "100")))
+    with its, subprocess.Popen([binary_path(), "wait"], stdin=fd, stdout=its.fileno()) as launcher:
+        its.close()
+        ours.close()
+        assert launcher.wait(timeout=20) == 1
+    os.close(fd)
+    assert os.listdir(job.directory) == ["log"]
+    assert job.left() == []
 
 
 def test_a_server_that_died_meanwhile_does_not_harm_the_job(job: ShimJob) -> None:

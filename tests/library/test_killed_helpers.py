@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobrunner import JobSpec, StartFailed, sandbox
+from jobrunner import JobSpec, StartFailed, launcher
 from jobrunner.shim import binary_path
 from tests.support.crash import state_of
 from tests.support.runner import open_runner
@@ -38,11 +38,11 @@ async def test_a_helper_that_is_killed_leaves_nothing_and_is_told(
 ) -> None:
     helper = tmp_path / "helper"
     what = f"-e trace={call} -e inject={call}:signal=SIGKILL:when={number}"
-    helper.write_text(f"#!/bin/sh\nexec /usr/bin/strace -D -f -qq -o /dev/null {what} {binary_path()}\n")
+    helper.write_text(f'#!/bin/sh\nexec /usr/bin/strace -D -f -qq -o /dev/null {what} {binary_path()} "$@"\n')
     helper.chmod(0o755)
     ended: list[str] = []
     async with open_runner(tmp_path) as runner:
-        monkeypatch.setattr(sandbox, "binary_path", lambda: helper)
+        monkeypatch.setattr(launcher, "binary_path", lambda: helper)
         with fail_after(20):
             try:
                 job = await runner.start(JobSpec("sh", ("-c", "echo out; exit 3")))

@@ -13,7 +13,7 @@ from pathlib import Path
 import anyio.to_thread
 import pytest
 
-from jobrunner import JobSpec, Limits, StartFailed, sandbox
+from jobrunner import JobSpec, Limits, StartFailed, launcher
 from jobrunner.runner import JobRunner, RunnerJob
 from jobrunner.shim import binary_path
 from tests.support.crash import state_of
@@ -100,10 +100,10 @@ async def test_a_launcher_that_the_kernel_kills_leaves_no_job(tmp_path: Path, mo
     with own_cgroup("memory") as cgroup:
         limit(cgroup, 0)
         helper = tmp_path / "helper"
-        helper.write_text(f"#!/bin/sh\necho 0 >{cgroup}/cgroup.procs\nexec {binary_path()}\n")
+        helper.write_text(f'#!/bin/sh\necho 0 >{cgroup}/cgroup.procs\nexec {binary_path()} "$@"\n')
         helper.chmod(0o755)
         async with open_runner(tmp_path) as runner:
-            monkeypatch.setattr(sandbox, "binary_path", lambda: helper)
+            monkeypatch.setattr(launcher, "binary_path", lambda: helper)
             with fail_after(20), pytest.raises(StartFailed, match="launcher: it was killed"):
                 await runner.start(JobSpec("true"))
             assert kills(cgroup) >= 1

@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from jobrunner import JobSpec, StartFailed, sandbox
+from jobrunner import JobSpec, StartFailed, launcher
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import LimitReached, Unavailable
 from jobrunner.runner import JobRunner
@@ -77,9 +77,9 @@ async def test_a_running_job_with_a_record_of_another_version_is_left_alone(tmp_
 
 
 async def test_a_start_whose_launcher_was_killed_after_the_birth_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    silent = helper(tmp_path, "$SHIM > /dev/null; exit 1")
+    silent = helper(tmp_path, "read go <&1; $SHIM > /dev/null; exit 1")
     async with open_runner(tmp_path) as runner:
-        monkeypatch.setattr(sandbox, "binary_path", lambda: silent)
+        monkeypatch.setattr(launcher, "binary_path", lambda: silent)
         job = await runner.start(JobSpec("sleep", ("100",)))
         assert job.info().usage.pids
         assert (await job.stop()).end_reason == "stopped"
@@ -88,7 +88,7 @@ async def test_a_start_whose_launcher_was_killed_after_the_birth_is_a_job(tmp_pa
 async def test_a_start_whose_launcher_was_killed_before_the_birth_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = helper(tmp_path, "kill -KILL $$")
     async with open_runner(tmp_path) as runner:
-        monkeypatch.setattr(sandbox, "binary_path", lambda: dead)
+        monkeypatch.setattr(launcher, "binary_path", lambda: dead)
         with pytest.raises(StartFailed, match="launcher: it was killed"):
             await runner.start(JobSpec("sleep", ("100",)))
         assert await runner.list() == []

@@ -312,7 +312,7 @@ async def test_of_one_user_s_starts_few_are_made_at_once(tmp_path: Path) -> None
         running.channel(running.pair("mallory", "admin")) as many,
         running.channel() as one,
     ):
-        most, under_way = 0, running.runner._starting
+        most, under_way = 0, running.runner._starts.under_way
         async with anyio.create_task_group() as tasks:
             for _ in range(20):
                 tasks.start_soon(start, many, "true")

@@ -13,7 +13,7 @@ import anyio.to_thread
 import pytest
 
 import jobrunner.shim
-from jobrunner import JobSpec, Limits, sandbox
+from jobrunner import JobSpec, Limits, launcher
 from jobrunner.client import ClientJob
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import RequestConflict
@@ -117,7 +117,7 @@ async def test_a_newer_versions_job_is_left_alone_while_it_runs_and_set_aside_af
     helper = await anyio.to_thread.run_sync(newer_shim, tmp_path)
     async with JobRunner.open(RunnerConfig(state_dir=tmp_path / "state")) as runner:
         with monkeypatch.context() as patched:
-            patched.setattr(sandbox, "binary_path", lambda: helper)
+            patched.setattr(launcher, "binary_path", lambda: helper)
             job = await runner.start(shell("echo up; while [ ! -e /work/go ]; do sleep 0.02; done; exit 7"))
     work = runner.state.directory(job.job_id) / "work"
     async with open_runner(tmp_path) as runner:

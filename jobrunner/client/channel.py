@@ -26,6 +26,7 @@ from h2.events import (
 from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes
 
+from jobrunner.client.dial import dial
 from jobrunner.client.frames import FrameBuffer
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ CONNECTION_WINDOW = 128 * STREAM_WINDOW
 CONNECT_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 0.25
 PROBE_TIMEOUT = 2.0
-TLS_SHUTDOWN_TIMEOUT = 2.0
 
 _CONFIGURATION = Configuration(
     _keepalive_time=20,
@@ -71,7 +71,7 @@ class ClientProtocol(H2Protocol, asyncio.BufferedProtocol):
     """The code and the reason with which the server has ended the connection (GOAWAY), if it has."""
 
     processor: EventsProcessor
-    transport: asyncio.BaseTransport
+    transport: asyncio.Transport | None = None
 
     def __init__(self, handler: Handler, config: Configuration, h2_config: H2Configuration, reached: Callable[[], None]) -> None:
         """`reached` is called when the server first sends something."""
@@ -91,7 +91,7 @@ class ClientProtocol(H2Protocol, asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)
         h2 = self.connection._connection
         h2.update_settings({SettingCodes.MAX_FRAME_SIZE: MAX_FRAME, SettingCodes.ENABLE_PUSH: 0})
         # h2 applies the new size only after the bytes that hold the server's acknowledgement: a large frame in the same
@@ -165,6 +165,29 @@ class ClientProtocol(H2Protocol, asyncio.BufferedProtocol):
         self.closed.set()
 
 
+class _FirstByte(asyncio.Protocol):
+    """Hears one byte, or how the connection was lost before."""
+
+    transport: asyncio.Transport | None = None
+    said = b""
+    lost: BaseException | None = None
+
+    def __init__(self) -> None:
+        self.over = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.said = self.said or data[:1]
+        self.over.set()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if not self.over.is_set():
+            self.lost = exc
+            self.over.set()
+
+
 class ClientChannel(Channel):
     """A channel to HOST:PORT over mutual TLS. Connects on the first call, and again on the next one after a loss."""
 
@@ -189,26 +212,14 @@ class ClientChannel(Channel):
         end = asyncio.get_running_loop().time() if self.last.gone_at is None else self.last.gone_at
         return end - max(since, self.last.received_at)
 
-    def _protocol_factory(self) -> H2Protocol:
-        return ClientProtocol(Handler(), self._config, self._h2_config, self._first_byte)
-
     def _first_byte(self) -> None:
         self.reached = True
         self._tell_reached()
 
     async def _create_connection(self) -> H2Protocol:
         self.tried_at = min(self.tried_at, self._loop.time())
-        with anyio.fail_after(CONNECT_TIMEOUT):
-            _, protocol = await self._loop.create_connection(
-                self._protocol_factory,
-                self._host,
-                self._port,
-                ssl=self._tls,
-                ssl_handshake_timeout=CONNECT_TIMEOUT,
-                ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT,
-                happy_eyeballs_delay=0.25,
-            )
-        self.last = cast("ClientProtocol", protocol)
+        protocol = ClientProtocol(Handler(), self._config, self._h2_config, self._first_byte)
+        self.last = await dial(self._host, self._port, self._tls, protocol, CONNECT_TIMEOUT)
         return protocol
 
     async def probe(self) -> bytes:
@@ -218,12 +229,16 @@ class ClientChannel(Channel):
         handshake: the one that failed had sent the beginning of HTTP/2, and a server that closes with that unread resets the
         connection, so that its alert is lost on the way (RFC 9293 section 3.6.1).
         """
-        with anyio.fail_after(PROBE_TIMEOUT):
-            reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls)
-            try:
-                return await reader.read(1)
-            finally:
-                writer.transport.abort()
+        probe = await dial(self._host, self._port, self._tls, _FirstByte(), PROBE_TIMEOUT)
+        assert probe.transport is not None
+        try:
+            with anyio.fail_after(PROBE_TIMEOUT):
+                await probe.over.wait()
+        finally:
+            probe.transport.abort()
+        if probe.lost is not None:
+            raise probe.lost
+        return probe.said
 
     async def aclose(self) -> None:
         """Close, and return when the socket is closed: at once if the server answers TLS's goodbye, else after CLOSE_TIMEOUT."""
@@ -232,6 +247,6 @@ class ClientChannel(Channel):
             return
         with anyio.move_on_after(CLOSE_TIMEOUT):
             await self.last.closed.wait()
-        if not self.last.gone:
-            cast("asyncio.Transport", self.last.transport).abort()
+        if not self.last.gone and self.last.transport is not None:
+            self.last.transport.abort()
             await self.last.closed.wait()

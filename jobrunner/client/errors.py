@@ -205,7 +205,5 @@ def _reason(exc: BaseException) -> str:
     if isinstance(exc, socket.gaierror):
         return exc.strerror or str(exc)
     if isinstance(exc, OSError):
-        # create_connection(2) tells the errors of several addresses in one text, without errno.
-        numbers = [exc.errno] if exc.errno else [int(text) for text in re.findall(r"\[Errno (\d+)\]", str(exc))]
-        return os.strerror(numbers[0]) if numbers else str(exc) or "connection lost"
+        return os.strerror(exc.errno) if exc.errno else str(exc) or "connection lost"
     return str(exc)[:1].lower() + str(exc)[1:]

@@ -34,7 +34,7 @@ from jobrunner.server.guard import grpc_error, guarded, refused
 from jobrunner.server.http2 import CONFIGURATION, ServerPeer, ServerProtocol, Shared
 from jobrunner.server.limits import Rate
 from jobrunner.server.stream import ServerStream
-from jobrunner.server.tcp import Listener, TlsConnection, address_of
+from jobrunner.server.tcp import Listener, TlsConnection, address_of, stop_accepting
 from jobrunner.server.trust import Trust
 from jobrunner.wire.codec import StrictCodec
 
@@ -121,8 +121,8 @@ class JobServer(Server):
         try:
             yield _bound_address(server.sockets, host)
         finally:
-            server.close()
             with anyio.CancelScope(shield=True):
+                await stop_accepting(server)
                 await self.shutdown()
 
     async def keep_trust(self) -> None:
@@ -166,7 +166,7 @@ class JobServer(Server):
                 connection.go_away()
             await self._wait_until(lambda: not self._connections, SHUTDOWN_TIMEOUT)
         finally:
-            self.listener.abort()
+            await self.listener.close()
 
     def _protocol_factory(self) -> ServerProtocol:
         handler = CallHandler(self._mapping, self._codec, self._status_details_codec, self.__dispatch__)

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from jobrunner import __version__
 from jobrunner.errors import HostError
+from jobrunner.server.tcp import stop_accepting
 from jobrunner.units import parse_address
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ async def exposed(listen: str | None, collector: Collector) -> AsyncIterator[str
     try:
         yield address
     finally:
-        server.close()
+        await stop_accepting(server)
         listener.close()
 
 

@@ -19,7 +19,7 @@ from jobrunner.server.turns import Turns
 if TYPE_CHECKING:
     from jobrunner.server.account import Account
 
-__all__ = ["Listener", "Refused", "TlsConnection", "verified_chain"]
+__all__ = ["Listener", "Refused", "TlsConnection", "stop_accepting", "verified_chain"]
 
 
 STEPS = 4
@@ -55,6 +55,9 @@ class Listener:
         self.pending: dict[TlsConnection, None] = {}
         """In the order in which they came."""
         self.live: set[TlsConnection] = set()
+        self.open: set[TlsConnection | Refused] = set()
+        """All whose socket is not closed yet, whatever has become of them."""
+        self._one_left = asyncio.Event()
         self._app_protocol = app_protocol
         self._max_connections = max_connections
         self._max_pending = max_pending
@@ -64,12 +67,15 @@ class Listener:
 
     def accept(self) -> asyncio.BaseProtocol:
         """The protocol of the connection that has just come; a protocol factory for `loop.create_server`."""
+        connection: TlsConnection | Refused
         if len(self.live) >= self._max_connections:
-            return Refused(self, f"there are {self._max_connections} connections")
-        if len(self.pending) >= self._max_pending:
-            self._give_way()
-        connection = TlsConnection(self, self._app_protocol())
-        self.pending[connection] = None
+            connection = Refused(self, f"there are {self._max_connections} connections")
+        else:
+            if len(self.pending) >= self._max_pending:
+                self._give_way()
+            connection = TlsConnection(self, self._app_protocol())
+            self.pending[connection] = None
+        self.open.add(connection)
         return connection
 
     def _give_way(self) -> None:
@@ -83,10 +89,18 @@ class Listener:
         self.account.refused({"address": oldest.address}, "max_pending_handshakes", reason)
         oldest.abort()
 
-    def abort(self) -> None:
-        """Drop every connection at once."""
-        for connection in [*self.pending, *self.live]:
+    def left(self, connection: TlsConnection | Refused) -> None:
+        """Its socket is being closed."""
+        self.open.discard(connection)
+        self._one_left.set()
+
+    async def close(self) -> None:
+        """Drop every connection at once; returns when their sockets are closed. Nothing may be accepted any more."""
+        for connection in self.open:
             connection.abort()
+        while self.open:
+            self._one_left.clear()
+            await self._one_left.wait()
 
 
 class Refused(asyncio.Protocol):
@@ -101,6 +115,12 @@ class Refused(asyncio.Protocol):
         address = address_of(transport.get_extra_info("peername"))
         self._listener.account.refused({"address": address}, "max_connections", self._reason)
         transport.abort()
+
+    def abort(self) -> None:
+        """It is, as soon as it is made."""
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._listener.left(self)
 
 
 class TlsConnection(sslproto.SSLProtocol):
@@ -119,6 +139,7 @@ class TlsConnection(sslproto.SSLProtocol):
         )._ssl_buffer = bytearray()  # asyncio makes another when the peer says something; most of a flood never does
         self._listener = listener
         self._socket: asyncio.Transport | None = None
+        self._aborted = False
         self.heard = False
         """Whether the peer has said anything."""
         self.client: Any = None
@@ -132,6 +153,9 @@ class TlsConnection(sslproto.SSLProtocol):
         assert isinstance(transport, asyncio.Transport)
         self._socket = transport
         self.address = address_of(transport.get_extra_info("peername"))
+        if self._aborted:
+            transport.abort()
+            return
         # What may have come and not be decrypted, while what came before waits for its turn (`http2`). A record that is not whole
         # is shorter than the lower one, or the rest of it would never be read.
         cast("Any", self)._set_read_buffer_limits(4 * self.max_size, 2 * self.max_size)
@@ -150,10 +174,15 @@ class TlsConnection(sslproto.SSLProtocol):
         if self._socket is None or self._socket.is_closing():
             return
         self._socket.resume_reading()
-        super().buffer_updated(nbytes)
+        try:
+            super().buffer_updated(nbytes)
+        except BaseException:
+            self.abort()
+            raise
 
     def abort(self) -> None:
-        """Close without a word."""
+        """Close without a word; one that has just been accepted, as soon as it is made."""
+        self._aborted = True
         if self._socket is not None:
             self._socket.abort()
 
@@ -180,6 +209,21 @@ class TlsConnection(sslproto.SSLProtocol):
         self._listener.pending.pop(self, None)
         self._listener.live.discard(self)
         super().connection_lost(exc)
+        self._listener.left(self)
+
+
+async def stop_accepting(server: asyncio.Server) -> None:
+    """Close the listening sockets, and no connection with them.
+
+    asyncio makes the transport of what it has accepted in the next turn of the loop, and of none once its server is closed: such a
+    socket would be left to the garbage collector, and so would its TLS.
+    """
+    for listening in server.sockets:
+        asyncio.get_running_loop().remove_reader(listening.fileno())
+    try:
+        await asyncio.sleep(0)
+    finally:
+        server.close()
 
 
 def verified_chain(connection: Any) -> list[bytes]:

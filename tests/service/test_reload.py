@@ -28,6 +28,7 @@ from jobrunner.pki import Authority, Profile
 from jobrunner.server.process import RunningServer, running_server
 from jobrunner.server.trust import Client, Trust
 from tests.support.daemon import ServerProcess, server_process
+from tests.support.handshake import Handshake
 from tests.support.server import eventually
 from tests.support.timing import at_most
 
@@ -143,12 +144,12 @@ async def test_revocation_and_renewal_under_fifty_followers(tmp_path: Path) -> N
 
 async def test_no_connection_is_missed_while_files_change(tmp_path: Path) -> None:
     """New ones all the time, while certificate and list are renewed and published again and again."""
-    made, done = 0, False
+    made = 0
     async with site(tmp_path, "alice") as here:
 
         async def connect_again_and_again() -> None:
             nonlocal made
-            while not done:
+            while True:
                 async with here.client("alice") as client:
                     await client.server()
                     made += 1
@@ -171,19 +172,51 @@ async def test_no_connection_is_missed_while_files_change(tmp_path: Path) -> Non
                     enough = made + 5
                     while made < enough:  # noqa: ASYNC110
                         await anyio.sleep(0.01)
-                done = True
+                group.cancel_scope.cancel()
     assert len(seen) == 5
+
+
+async def test_handshakes_that_are_under_way_when_files_change_are_brought_to_their_end(tmp_path: Path) -> None:
+    async with site(tmp_path, "alice") as here:
+        context = context_of(here)
+        peers = [await Handshake(context).connect(here.running.address) for _ in range(20)]
+        for number, peer in enumerate(peers):
+            await peer.send(1 + 100 * number)
+        await eventually(lambda: len(here.running.server.listener.open) == len(peers))
+        old = serial(here.live / "server.pem")
+        with Authority.opened(here.ca) as authority:
+            authority.renew("server")
+        here.publish(*FILES)
+        here.running.trust.ask()
+        while await served(here) == old:
+            pass
+        for peer in peers:
+            await peer.send(1 << 20)
+            assert serial_of(peer.tls.getpeercert()) == old
+        await eventually(lambda: len(here.running.server._connections) == len(peers))
+        for peer in peers:
+            peer.vanish()
+        await eventually(lambda: not here.running.server.listener.open)
 
 
 async def served(here: Site) -> int:
     """The serial number of the certificate that a new connection is shown."""
+    host, _, port = here.running.address.rpartition(":")
+    stream = await anyio.connect_tcp(host, int(port), ssl_context=context_of(here), tls=True, tls_standard_compatible=False)
+    async with stream:
+        certificate: Any = stream.extra(anyio.streams.tls.TLSAttribute.peer_certificate)
+    return serial_of(certificate)
+
+
+def context_of(here: Site) -> ssl.SSLContext:
+    """Alice's."""
     context = ssl.create_default_context(cafile=here.ca / "ca.pem")
     context.load_cert_chain(here.ca / "alice.pem", here.ca / "alice.key")
     context.set_alpn_protocols(["h2"])
-    host, _, port = here.running.address.rpartition(":")
-    stream = await anyio.connect_tcp(host, int(port), ssl_context=context, tls=True, tls_standard_compatible=False)
-    async with stream:
-        certificate: Any = stream.extra(anyio.streams.tls.TLSAttribute.peer_certificate)
+    return context
+
+
+def serial_of(certificate: Any) -> int:
     return int(certificate["serialNumber"], 16)
 
 

@@ -62,8 +62,8 @@ async def _some(client: JobClient, job_id: str, seen: Seen, chance: random.Rando
                     return None
                 if what == "stall":
                     await asyncio.sleep(chance.uniform(0.1, 2))
-                elif client._channel.last is not None:
-                    client._channel.last.transport.abort()  # type: ignore[attr-defined]
+                elif client._channel.last is not None and client._channel.last.transport is not None:
+                    client._channel.last.transport.abort()
             until = seen.at + chance.randint(1 << 14, stride)
         return reader.end
 

@@ -80,7 +80,6 @@ async def serving(path: Path, *, keep_jobs: bool = False, **settings: Any) -> As
             with anyio.CancelScope(shield=True), anyio.fail_after(30):
                 for job in [] if keep_jobs else await running.runner.list():
                     await job.stop(grace=0)
-    await anyio.sleep(0.01)  # Order: asyncio closes a connection that has just been accepted in a turn that is still to come.
 
 
 def message(name: str, **fields: Any) -> Any:

@@ -9,6 +9,7 @@ but for want of what JOBRUNNER_EXCUSED names (`command:NAME`, or `history` for a
 from __future__ import annotations
 
 import os
+import platform
 import signal
 from collections.abc import Generator
 
@@ -35,12 +36,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", 'generation(version): a fact of cgroup "v1" (also hybrid) or "v2" alone; left out on the other'
     )
+    config.addinivalue_line("markers", "linux(major, minor): a fact of this kernel and newer ones; left out on an older one")
     config.addinivalue_line("markers", f"requires(*names): {', '.join(KINDS)}; skipped where one lacks")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = "v2" if cgroup_version(cgroup_mounts()) == "v2" else "v1"
+    kernel = tuple(int(number) for number in platform.release().split(".")[:2])
     left_out = [item for item in items if any(mark.args != (here,) for mark in item.iter_markers("generation"))]
+    left_out += [item for item in items if any(mark.args > kernel for mark in item.iter_markers("linux"))]
     items[:] = [item for item in items if item not in left_out]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

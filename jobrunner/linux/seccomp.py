@@ -39,13 +39,28 @@ DENIED = (
 DENIED_NUMBERS = {"pidfd_getfd": 438, "quotactl_fd": 443, "open_tree_attr": 467, "file_setattr": 469}
 """Calls that are newer than libseccomp may be; numbers from 424 on are those of every architecture."""
 CLONE_NEWUSER = 0x10000000
-TERMINAL_INPUT = {"TIOCSTI": 0x5412, "TIOCLINUX": 0x541C}
-"""ioctl(2): what is put in there is read by whoever reads the terminal next."""
+TERMINALS = {"TIOCSTI": 0x5412, "TIOCLINUX": 0x541C, "TIOCSETD": 0x5423}
+"""ioctl(2): what two of them put in is read by whoever reads the terminal next; the third has the kernel load a module."""
+SUBVOLUMES = {
+    **{"BTRFS_IOC_SNAP_CREATE": 0x50009401, "BTRFS_IOC_SUBVOL_CREATE": 0x5000940E},
+    **{"BTRFS_IOC_SNAP_CREATE_V2": 0x50009417, "BTRFS_IOC_SUBVOL_CREATE_V2": 0x50009418, "BTRFS_IOC_SUBVOL_SETFLAGS": 0x4008941A},
+}
+"""ioctl(2): by these anybody makes a file system in his directory, which rm(1) does not empty if it is a read-only one."""
 FILE_ATTRIBUTES = {"FS_IOC_FSSETXATTR": 0x401C5820, "FS_IOC_SETFLAGS": 0x40086602, "FS_IOC32_SETFLAGS": 0x40046602}
 """ioctl(2), and so file_setattr(2): by these a file's owner takes it out of its project, whose quota bounds a directory."""
 FAMILIES = {0: "AF_UNSPEC", 1: "AF_UNIX", 2: "AF_INET", 10: "AF_INET6", 16: "AF_NETLINK"}
 """socket(2): all that a job may open; the others (AF_VSOCK, AF_ALG, AF_PACKET ...) are EAFNOSUPPORT."""
 HIGHEST_FAMILY = max(FAMILIES)
+NETLINK = {0: "NETLINK_ROUTE", 4: "NETLINK_SOCK_DIAG", 15: "NETLINK_KOBJECT_UEVENT", 16: "NETLINK_GENERIC"}
+"""Of AF_NETLINK. What a job sends itself by NETLINK_USERSOCK, no memory limit counts, and others have the kernel load a module."""
+HIGHEST_NETLINK = max(NETLINK)
+PROTOCOLS = {"IPPROTO_DCCP": 33, "IPPROTO_L2TP": 115, "IPPROTO_SCTP": 132, "IPPROTO_SMC": 256}
+"""For each the kernel would load a module, for anybody who asks."""
+SOL_SOCKET = 1
+SOCKET_FILTERS = {"SO_ATTACH_FILTER": 26, "SO_ATTACH_BPF": 50, "SO_ATTACH_REUSEPORT_CBPF": 51, "SO_ATTACH_REUSEPORT_EBPF": 52}
+"""setsockopt(2). What they are compiled to is in memory that the host has once, net.core.bpf_jit_limit."""
+SET_MODE_FILTER, NEW_LISTENER = 1, 8
+"""seccomp(2): a filter that a descriptor keeps, when its process has gone; the memory is the same."""
 PERSONALITIES = {0x00, 0x08}
 """personality(2): PER_LINUX and PER_LINUX32, with any flag but the next two; 0xffffffff asks."""
 PERSONALITY_ASK_BIT = 0x80000000
@@ -93,7 +108,7 @@ def _add_rules(rules: Any, library: Any) -> None:
     flags = 1 if old else 0
     rules.add_rule(denied, "clone", arg(flags, masked, CLONE_NEWUSER, CLONE_NEWUSER))
     rules.add_rule(denied, "unshare", arg(0, masked, CLONE_NEWUSER, CLONE_NEWUSER))
-    for command in (*TERMINAL_INPUT.values(), *FILE_ATTRIBUTES.values()):
+    for command in (*TERMINALS.values(), *FILE_ATTRIBUTES.values(), *SUBVOLUMES.values()):
         rules.add_rule(denied, "ioctl", arg(1, masked, WORD, command))
     # Its first argument is a process, and of a server that is not root a job's pid 1 has the job's uid: it keeps its limits.
     rules.add_rule(denied, "prlimit64", arg(0, masked, WORD, 1))
@@ -101,6 +116,18 @@ def _add_rules(rules: Any, library: Any) -> None:
         if family not in FAMILIES:
             rules.add_rule(unknown, "socket", arg(0, masked, WORD, family))
     rules.add_rule(unknown, "socket", arg(0, library.GT, HIGHEST_FAMILY))
+    no_protocol = library.ERRNO(errno.EPROTONOSUPPORT)
+    netlink = arg(0, masked, WORD, 16)
+    for protocol in set(range(HIGHEST_NETLINK)) - set(NETLINK):
+        rules.add_rule(no_protocol, "socket", netlink, arg(2, masked, WORD, protocol))
+    rules.add_rule(no_protocol, "socket", netlink, arg(2, library.GT, HIGHEST_NETLINK))
+    for protocol in PROTOCOLS.values():
+        rules.add_rule(no_protocol, "socket", arg(2, masked, WORD, protocol))
+    for option in SOCKET_FILTERS.values():
+        rules.add_rule(denied, "setsockopt", arg(1, masked, WORD, SOL_SOCKET), arg(2, masked, WORD, option))
+    # As a kernel says that does not have it.
+    listener = arg(1, masked, NEW_LISTENER, NEW_LISTENER)
+    rules.add_rule(library.ERRNO(errno.EINVAL), "seccomp", arg(0, masked, WORD, SET_MODE_FILTER), listener)
     for domain in set(range(0x14)) - PERSONALITIES:
         rules.add_rule(denied, "personality", arg(0, masked, 0xFF, domain))
     # A core limit of 1 keeps the host's handler of core dumps away, one of 0 does not (core(5)): who sets it is told that it is.

@@ -13,7 +13,7 @@ import pytest
 
 from jobrunner.linux.tree import reown_tree
 from jobrunner.runner import RunnerJob
-from tests.hostile.arena import PYTHON, Arena, program
+from tests.hostile.arena import PYTHON, Arena, open_arena, program
 from tests.hostile.meeting import Meeting, take_over
 from tests.support.timing import at_most, fail_after
 
@@ -92,6 +92,29 @@ async def test_a_careless_walk_would_be_hurt(
         careless(work)
         assert target.stat().st_uid == 1
     await arena.runner.remove(job.job_id)  # or pytest would be hurt by it
+
+
+@pytest.mark.requires("command:mkfs.btrfs")
+@pytest.mark.generation("v1")  # the virtual machine has no btrfs
+async def test_no_file_system_is_left_below_a_directory(tmp_path: Path) -> None:
+    """On btrfs its owner may make one, and what is in a read-only one not even root removes by unlink(2)."""
+    image, here = tmp_path / "image", tmp_path / "here"
+    with image.open("wb") as file:
+        file.truncate(128 << 20)
+    here.mkdir()
+    subprocess.run(["mkfs.btrfs", "-q", image], check=True, capture_output=True)  # noqa: ASYNC221
+    subprocess.run(["mount", "-o", "loop", image, here], check=True)  # noqa: ASYNC221
+    try:
+        here.chmod(0o755)
+        async with open_arena(here) as arena:
+            assert (await arena.attack("projects", "make_subvolume", "/work")).text == "refused: EPERM"
+            free = await arena.start(*program("projects", "make_subvolume", "/work"), without=["seccomp"])
+            assert (await arena.outcome(free)).text == "succeeded: made"
+            await arena.runner.settled()
+            with pytest.raises(OSError, match="another file system"):
+                reown_tree(arena.runner.state.directory(free.job_id) / "work")
+    finally:
+        subprocess.run(["umount", here], check=True)  # noqa: ASYNC221
 
 
 STRANGER = """

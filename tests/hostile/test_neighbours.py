@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import anyio
 import pytest
 
-from jobrunner import JobSpec, Limits
+from jobrunner import JobRunnerError, JobSpec, Limits, StartFailed
 from jobrunner.runner import RunnerJob
-from tests.hostile.arena import SMALL, Arena, program
+from tests.hostile.arena import SMALL, Arena, open_arena, program
+from tests.support.cgroups import member_directories
 from tests.support.timing import fail_after
 
 pytestmark = [
@@ -35,15 +37,36 @@ async def another_job_is_served(arena: Arena) -> None:
 
 
 async def test_a_fork_bomb_that_goes_on_keeps_nobody_from_anything(arena: Arena) -> None:
-    bomb = await arena.start(*program("bombs", "fork_for_ever"), limits=Limits(memory=SMALL.memory, pids=200, cpus=1))
-    assert bomb.cgroup is not None
+    """Its control is the same bomb when its limit is lifted, on a host that has 300 processes: the cgroup of all jobs."""
+    bomb = await arena.start(*program("bombs", "fork_for_ever"), limits=Limits(memory=SMALL.memory, pids=100, cpus=1))
+    limit = pids_directory(bomb) / "pids.max"
+    jobs = Path(bomb.cgroup.paths.get("pids") or bomb.cgroup.paths["unified"]).parent if bomb.cgroup else Path()
+    (jobs / "pids.max").write_text("300")
+    try:
+        await until(bomb, 100)
+        await another_job_is_served(arena)
+        limit.write_text("max")
+        await until(bomb, 290)
+        with pytest.raises((StartFailed, TimeoutError)):
+            await another_job_is_served(arena)
+        with fail_after(20):
+            info = await bomb.stop(grace=0)
+        assert info.end_reason == "stopped"
+        await another_job_is_served(arena)
+    finally:
+        (jobs / "pids.max").write_text("max")
+
+
+def pids_directory(job: RunnerJob) -> Path:
+    """Where the job's own limit of processes is."""
+    assert job.cgroup is not None
+    return next(path for path in member_directories(job.cgroup) if (path / "pids.max").exists())
+
+
+async def until(bomb: RunnerJob, processes: int) -> None:
     with fail_after(20):
-        while (bomb.info().usage.pids or 0) < 200:  # noqa: ASYNC110  # a counter of the kernel's tells nobody
+        while (bomb.info().usage.pids or 0) < processes:  # noqa: ASYNC110  # a counter of the kernel's tells nobody
             await anyio.sleep(0.01)
-    await another_job_is_served(arena)
-    with fail_after(20):
-        info = await bomb.stop(grace=0)
-    assert (info.end_reason, info.usage.pids_peak) == ("stopped", 200)
 
 
 async def follow(job: RunnerJob) -> None:
@@ -75,3 +98,21 @@ async def test_a_flood_that_is_followed_by_many_is_not_felt_by_others(arena: Are
             grown = resident() - before
             await flood.stop(grace=0)
     assert grown < 32 << 20
+
+
+async def test_a_flood_leaves_the_disk_to_others(tmp_path: Path) -> None:
+    """A small one. The control is the same flood when all of its output is kept."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m,mode=755", "none", tmp_path], check=True)  # noqa: ASYNC221
+    try:
+        async with open_arena(tmp_path) as arena:
+            flood = await arena.start(*program("bombs", "flood", "48"))
+            assert (await flood.wait()).log_end >= 48 << 20
+            await another_job_is_served(arena)
+            greedy = await arena.start(*program("bombs", "flood", "48"), change={"output_limit": None})
+            await greedy.wait()
+            with pytest.raises((JobRunnerError, OSError), match="No space left"):
+                await another_job_is_served(arena)
+            await arena.runner.remove(greedy.job_id)
+            await another_job_is_served(arena)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)  # noqa: ASYNC221

@@ -19,9 +19,10 @@ pytestmark = [
 ]
 
 BY_ARGUMENT = {"clone with all flags", "unshare with all flags"}
-ALLOW, EPERM, EAFNOSUPPORT, ENOMEM = "ALLOW", *(f"ERRNO({number})" for number in (errno.EPERM, errno.EAFNOSUPPORT, errno.ENOMEM))
+ALLOW, EPERM, EINVAL, ENOMEM = "ALLOW", *(f"ERRNO({number})" for number in (errno.EPERM, errno.EINVAL, errno.ENOMEM))
+EAFNOSUPPORT, EPROTONOSUPPORT = (f"ERRNO({number})" for number in (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT))
 DONE = "ERRNO(0)"
-CLONE, UNSHARE, SOCKET, IOCTL, PERSONALITY, PRLIMIT64, SETRLIMIT = 56, 272, 41, 16, 135, 302, 160
+CLONE, UNSHARE, SOCKET, SETSOCKOPT, IOCTL, PERSONALITY, PRLIMIT64, SETRLIMIT, SECCOMP = 56, 272, 41, 54, 16, 135, 302, 160, 317
 CORE = 4
 NEWUSER, SIGCHLD, UPPER = 0x10000000, 17, 1 << 32
 ARGUMENTS = [
@@ -32,14 +33,26 @@ ARGUMENTS = [
     ((UNSHARE, 0x00020000), ALLOW),  # the kernel refuses it to who has no right
     ((UNSHARE, NEWUSER), EPERM),
     ((UNSHARE, 0x00000400 | NEWUSER), EPERM),
-    *(((SOCKET, family), ALLOW) for family in (1, 2, 10, 16)),
+    *(((SOCKET, family, 1, protocol), ALLOW) for family in (1, 2, 10) for protocol in (0, 1, 6, 17, 58, 262)),
+    *(((SOCKET, 16, 3, protocol), ALLOW) for protocol in (0, 4, 15, 16)),
+    *(((SOCKET, 16, 3, protocol), EPROTONOSUPPORT) for protocol in (1, 2, 3, 5, 6, 9, 11, 12, 14, 17, 20, 21, 31, UPPER | 2)),
+    *(((SOCKET, family, 1, protocol), EPROTONOSUPPORT) for family in (2, 10) for protocol in (33, 115, 132, UPPER | 132, 256)),
+    ((SETSOCKOPT, 0, 1, 8), ALLOW),
+    *(((SETSOCKOPT, 0, 1, option), EPERM) for option in (26, 50, 51, 52, UPPER | 26)),
+    ((SETSOCKOPT, 0, UPPER | 1, 26), EPERM),
+    ((SETSOCKOPT, 0, 6, 26), ALLOW),  # another level's option
+    *(((SECCOMP, 1, flags), ALLOW) for flags in (0, 1, 2, 4)),
+    *(((SECCOMP, 1, flags), EINVAL) for flags in (8, 9, 8 | 0x10)),
+    ((SECCOMP, UPPER | 1, 8), EINVAL),
+    ((SECCOMP, 0, 0), ALLOW),
     *(((SOCKET, family), EAFNOSUPPORT) for family in (3, 4, 15, 17, 31, 38, 40, 44, 45, 0xFFFF, 0xFFFFFFFF)),
     ((SOCKET, UPPER | 40), EAFNOSUPPORT),
     ((IOCTL, 0, 0x5401), ALLOW),
     ((IOCTL, 0, 0x5412), EPERM),
     ((IOCTL, 0, UPPER | 0x5412), EPERM),
     ((IOCTL, 0, 0x541C), EPERM),
-    ((IOCTL, 0, 0x401C5820), EPERM),
+    ((IOCTL, 0, 0x5423), EPERM),
+    *(((IOCTL, 0, command), EPERM) for command in (0x401C5820, 0x50009401, 0x5000940E, 0x50009417, 0x50009418, 0x4008941A)),
     ((PRLIMIT64, 0, 7), ALLOW),
     ((PRLIMIT64, 1, 7), EPERM),
     ((PRLIMIT64, UPPER | 1, 7), EPERM),

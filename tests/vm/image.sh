@@ -10,7 +10,7 @@ work=$(mktemp -d "$image.XXXXXX")
 root=$work/root
 trap 'rm -rf "$work"' EXIT
 
-debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,kmod,python3,python3-venv "$suite" "$root" \
+debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,kmod,libcap2-bin,python3,python3-venv "$suite" "$root" \
     ${JOBRUNNER_VM_MIRROR:+"$JOBRUNNER_VM_MIRROR"} >"$work/log" ||
     { cat "$work/log" >&2 && exit 1; }
 

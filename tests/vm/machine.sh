@@ -37,7 +37,7 @@ make_disk() {
     find "$work/disk/checkout" -name __pycache__ -prune -exec rm -rf {} +
     # What the tests need of Debian's kernel that is neither built in nor in its initrd: disks that are made of files, quotas, overlays.
     # In the order in which one needs the other.
-    for module in loop quota_v2 xfs overlay; do
+    for module in loop quota_v2 xfs overlay vsock; do
         modprobe --dirname / --set-version "${kernel#*vmlinuz-}" --show-depends "$module" | sed -n 's/^insmod //p'
     done | awk '!seen[$1]++ { printf "%s %02d-", $1, NR; n = split($1, names, "/"); print names[n] }' | while read -r from name; do
         cp "$from" "$work/disk/modules/$name"

@@ -188,6 +188,20 @@ def open_socket(family: str) -> str:
 
 
 @attack
+def netlink_socket(protocol: str) -> str:
+    socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, int(protocol)).close()
+    return protocol
+
+
+@attack
+def set_line_discipline() -> str:
+    """TIOCSETD, for which the kernel would load a module; this one it has."""
+    theirs = os.openpty()[1]
+    fcntl.ioctl(theirs, 0x5423, bytes(4))
+    return "set"
+
+
+@attack
 def type_into_terminal() -> str:
     """TIOCSTI: type a command into a terminal that others read. This one is our own."""
     ours, theirs = os.openpty()

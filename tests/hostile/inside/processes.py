@@ -14,7 +14,7 @@ import time
 from tests.hostile.inside.base import LIBC, Contained, attack, check, syscall
 
 PTRACE_ATTACH = 16
-PIDFD_OPEN, PIDFD_GETFD, PROCESS_VM_READV, PIDFD_SEND_SIGNAL = 434, 438, 310, 424
+PIDFD_OPEN, PIDFD_GETFD, PROCESS_VM_READV, PIDFD_SEND_SIGNAL, KCMP = 434, 438, 310, 424, 312
 
 
 @attack
@@ -188,6 +188,12 @@ def thread_and_leave(seconds: str) -> str:
     threading.Thread(target=time.sleep, args=(float(seconds),)).start()
     LIBC.syscall(ctypes.c_long(60), ctypes.c_long(0))
     raise Contained("still here")
+
+
+@attack
+def compare(pid: str) -> str:
+    """kcmp(2): are its files ours?"""
+    return str(syscall(KCMP, os.getpid(), int(pid), 2, 0, 0))
 
 
 @attack

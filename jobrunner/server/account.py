@@ -29,7 +29,7 @@ from grpclib.exceptions import GRPCError
 from grpclib.server import Server, Stream
 
 from jobrunner.errors import Unavailable
-from jobrunner.server.audit import Audit
+from jobrunner.server.audit import MAX_TEXT, Audit
 from jobrunner.server.limits import Bucket, Rate
 from jobrunner.server.metrics import Metrics
 
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 LINES_PER_PEER, LINES = 1.0, 50.0
 """In a second, of one user or address, and of all; BURST seconds' worth at once (`limits`)."""
-MAX_TEXT = 256
-"""Characters of what a peer has sent."""
 SUM_UP = 10.0
 """Seconds after which those that were not told one by one are told."""
 
@@ -58,6 +56,8 @@ class AuditedCall:
     unary: bool
     begun: float = field(default_factory=time.monotonic)
     job: str = ""
+    bound: str = ""
+    """Which it has met, if it has met one."""
     cancelled: bool = False
     done: bool = False
 
@@ -82,40 +82,32 @@ class Account:
     def handshake_failed(self, address: str, reason: str) -> None:
         """`address` is HOST:PORT."""
         self.metrics.handshake_failed(reason)
-        host = address.rpartition(":")[0]
-        self._tell("handshake", host, f"TLS handshake with {address} failed: {reason}", address=address, reason=reason)
+        self._tell("handshake", {"address": address}, f"TLS handshake with {address} failed: {reason}", reason=reason)
 
     def refused(self, who: dict[str, str], bound: str, reason: str, rpc: str = "") -> None:
         """A bound that is not a call's own error, which `done` tells."""
         self.metrics.refused(bound)
-        self._tell(
-            "refused", who.get("user", ""), f"refused {_peer(who)}: {reason} ({bound})", **who, rpc=rpc, bound=bound, reason=reason
-        )
+        self._tell("refused", who, f"refused {_peer(who)}: {reason} ({bound})", rpc=rpc, bound=bound, reason=reason)
 
     def met(self, bound: str) -> None:
-        """A bound whose call is told with its outcome."""
+        """A bound whose call, which is the current one, is told with its outcome."""
         self.metrics.refused(bound)
+        if (call := _call.get()) is not None:
+            call.bound = bound
 
     def ended(self, who: dict[str, str], reason: str, cause: str) -> None:
         """A connection is, by the server. `cause` is a bound's name, or another word of few."""
         self.metrics.connection_ended(cause)
-        self._tell("cut", who.get("user", ""), f"ending the connection of {_peer(who)}: {reason}", **who, reason=reason)
+        self._tell("cut", who, f"ending the connection of {_peer(who)}: {reason}", reason=reason)
 
     def denied(self, who: dict[str, str], rpc: str, status: Status, reason: str) -> None:
         self.metrics.call(rpc, status.name)
         self.audit.write("denied", **who, rpc=rpc, reason=reason)
 
-    def no_call(self, who: dict[str, str], rpc: str, reason: str) -> None:
-        """A request that is malformed, or of an RPC that there is not."""
-        reason = reason[:MAX_TEXT]
-        self._tell(
-            "denied",
-            who.get("user", ""),
-            f"denied {rpc[:MAX_TEXT]!r} to {_peer(who)}: {reason}",
-            **who,
-            rpc=rpc[:MAX_TEXT],
-            reason=reason,
-        )
+    def no_call(self, who: dict[str, str], path: str, reason: str) -> None:
+        """A request that is malformed, no request of gRPC, or of an RPC that there is not."""
+        path, reason = path[:MAX_TEXT], reason[:MAX_TEXT]
+        self._tell("denied", who, f"denied {path!r} to {_peer(who)}: {reason}", rpc=path, reason=reason)
 
     def begin(self, who: dict[str, str], rpc: str, *, changes: bool, unary: bool) -> AuditedCall:
         """A call that is let through, before anything of it is done. Unavailable if it changes something and cannot be written."""
@@ -129,7 +121,8 @@ class Account:
     def done(self, call: AuditedCall, outcome: str) -> None:
         self.metrics.call(call.rpc, outcome)
         seconds = round(time.monotonic() - call.begun, 6)
-        self.audit.write("done", **call.who, call=call.number, rpc=call.rpc, job=call.job, outcome=outcome, seconds=seconds)
+        what: dict[str, Any] = {"call": call.number, "rpc": call.rpc, "job": call.job, "bound": call.bound}
+        self.audit.write("done", **call.who, **what, outcome=outcome, seconds=seconds)
 
     def sum_up(self) -> None:
         """Tell of how many there was no line."""
@@ -144,14 +137,15 @@ class Account:
         self.sum_up()
         self.audit.close()
 
-    def _tell(self, event: str, peer: str, text: str, **fields: str) -> None:
+    def _tell(self, event: str, who: dict[str, str], text: str, **what: str) -> None:
+        peer = who.get("user") or who["address"].rpartition(":")[0]
         if self._peers.of(f"{event} {peer}").take() or self._all.take():
             if not self._untold:
                 asyncio.get_running_loop().call_later(SUM_UP, self.sum_up)
             self._untold[event] += 1
             return
         logger.warning("%s", text)
-        self.audit.write(event, **fields)
+        self.audit.write(event, **who, **what)
 
 
 def attach(server: Server) -> None:

@@ -51,6 +51,7 @@ class CallHandler(grpc_server.Handler):
             self.mapping, stream, headers, self.codec, self.status_details_codec, self.dispatch, release_stream
         )
         if not stream.answered and stream.closable:  # headers that grpclib cannot read; it has logged why
+            stream.no_call("its headers cannot be read")
             stream.reset_nowait(ErrorCodes.PROTOCOL_ERROR)
 
 

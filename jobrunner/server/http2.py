@@ -256,6 +256,10 @@ class ServerProtocol(H2Protocol):
         """The peer, for the audit log."""
         return who(self.transport.get_extra_info("peercert"), address_of(self.transport.get_extra_info("peername")))
 
+    def no_call(self, path: str, reason: str) -> None:
+        """A request on it is none."""
+        self.shared.account.no_call(self.who(), path, reason)
+
     def _protocol_error(self, exc: ProtocolError) -> None:
         cause = exc.bound if isinstance(exc, TooMuch) else "protocol"
         self.end(f"cannot go on: {str(exc) or type(exc).__name__}", cause, exc.error_code)
@@ -272,18 +276,16 @@ class ServerProtocol(H2Protocol):
         except ProtocolError as exc:
             self._malformed(event.stream_id, exc)
             return
+        path = dict(headers).get(":path", "")
         known, most = self.http2.streams, bounds.max_streams_per_connection
         if sum(number in known and not known[number].closed for number in self.processor.streams) >= most:
-            account.refused(self.who(), "max_streams_per_connection", f"it has {most} calls at once")
+            account.refused(self.who(), "max_streams_per_connection", f"it has {most} calls at once", path)
             self.http2.reset_stream(event.stream_id, ErrorCodes.REFUSED_STREAM)
             return
         stream = ServerStream(self.connection, event.stream_id, bounds)
         stream.refusal = self._refusal(headers)
-        path = dict(headers).get(":path", "")
         if stream.refusal is not None:
-            account.refused(self.who(), stream.refusal.bound, stream.refusal.reason)
-        elif path not in self.handler.mapping:
-            account.no_call(self.who(), path, "there is no such RPC")
+            account.refused(self.who(), stream.refusal.bound, stream.refusal.reason, path)
         release_stream = self.processor.register(stream)
         self.shared.began(self.user)
         counted = True
@@ -320,7 +322,7 @@ class ServerProtocol(H2Protocol):
             self._malformed(event.stream_id, exc)
 
     def _malformed(self, stream_id: int, exc: ProtocolError) -> None:
-        self.shared.account.no_call(self.who(), "", f"the request is malformed: {exc}")
+        self.no_call("", f"the request is malformed: {exc}")
         if stream_id in self.http2.streams:
             self.http2.reset_stream(stream_id, ErrorCodes.PROTOCOL_ERROR)
         stream = self.processor.streams.get(stream_id)

@@ -107,8 +107,14 @@ class ServerStream(Stream):
         if self.closable:
             self.reset_nowait()
 
+    def no_call(self, reason: str) -> None:
+        """Tell that this request is none."""
+        self._own_connection.protocol.no_call(self.method, reason)
+
     async def send_headers(self, headers: list[tuple[str, str]], end_stream: bool = False) -> None:
         headers = _never_unknown(headers)
+        if self.wrapper is None and self.refusal is None:  # grpclib has taken it for no call, and says so by itself
+            self.no_call(_told(headers))
         if end_stream and self.pushback:
             headers.append((PUSHBACK, str(math.ceil(1000 * self.pushback))))
         with self._progress():
@@ -219,6 +225,13 @@ class ServerStream(Stream):
         else:
             protocol.shared.account.met("send_timeout")
             self.end_call(Status.RESOURCE_EXHAUSTED, f"cannot send: the client has read nothing for {seconds:g} s (send_timeout)")
+
+
+def _told(headers: list[tuple[str, str]]) -> str:
+    """What an answer without a call says: `HTTP 405`, `HTTP 415: Missing content-type header`, `Method not found`."""
+    found = dict(headers)
+    http = "" if found[":status"] == "200" else f"HTTP {found[':status']}"
+    return ": ".join(filter(None, (http, found.get("grpc-message"))))
 
 
 def _never_unknown(headers: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import anyio
 import pytest
 
+from jobrunner.client import JobClient
 from jobrunner.errors import ConfigError, PermissionDenied, Unauthenticated, Unavailable
 from jobrunner.server.account import Account
 from jobrunner.server.audit import Audit
@@ -134,6 +136,70 @@ def test_while_it_cannot_be_written_nothing_is_changed(tmp_path: Path) -> None:
     audit.close()
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two pages."""
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+async def test_a_full_disk_is_told_refuses_changes_and_leaves_whole_lines_behind_it(
+    tmp_path: Path, small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log, filler = small_disk / "audit.jsonl", small_disk / "filler"
+    async with serving(tmp_path, audit_log=log, metrics_listen="127.0.0.1:0") as running:
+        pair = running.pair("admin", "admin")
+        async with JobClient(running.address, ca=running.authority.pem, cert=pair.cert, key=pair.key) as client:
+            await client.list()
+            filler.write_bytes(b"x" * 4096)
+
+            async def start_many() -> None:
+                for _ in range(100):
+                    await client.start("true")
+
+            with pytest.raises(Unavailable, match="cannot call Start: the audit log cannot be written"):
+                await start_many()
+            assert await client.list(), "what only looks goes on"
+            assert b"jobrunner_audit_failing 1" in await scraped(running.metrics)
+            assert [text for text in caplog.messages if text.startswith(f"cannot write audit log {log}: No space left")]
+            before = len(await running.runner.list())
+            filler.unlink()
+            await client.start("true")
+            assert len(await running.runner.list()) == before + 1
+            assert b"jobrunner_audit_failing 0" in await scraped(running.metrics)
+    torn, whole = [], []
+    for line in log.read_text().splitlines():
+        try:
+            whole.append(json.loads(line))
+        except ValueError:
+            torn.append(line)
+    assert len(torn) <= 1 and (whole[-1]["event"], whole[-1]["outcome"]) == ("done", "OK")
+
+
+async def scraped(address: str) -> bytes:
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    answer = await reader.read()
+    writer.close()
+    return answer
+
+
+def test_a_line_that_was_cut_off_does_not_spoil_the_next(tmp_path: Path) -> None:
+    log = tmp_path / "audit.jsonl"
+    log.write_text('{"event": "don')
+    audit = Audit(log)
+    assert audit.write("denied", reason="one")
+    assert audit.write("denied", reason="two")
+    audit.close()
+    assert [json.loads(line)["reason"] for line in log.read_text().splitlines()[1:]] == ["one", "two"]
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -235,7 +301,7 @@ async def test_requests_that_are_no_calls_are_denied_and_a_flood_of_them_is_coun
             "denied",
             "admin",
             "/jobrunner.v1.JobService/start",
-            "there is no such RPC",
+            "Method not found",
         )
         assert (await peer.status(await peer.request("/evil\x1b[2J", framed(b"")))) == ("12", "Method not found")
         peer.h2.config.validate_outbound_headers = peer.h2.config.normalize_outbound_headers = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -51,6 +53,17 @@ KINDS: dict[str, tuple[dict[str, str], type[JobRunnerError] | None, str]] = {
     "Admin": (DENIED, PermissionDenied, '"Admin", is no role'),
     "admin, padded": (DENIED, PermissionDenied, '" admin", is no role'),
 }
+NO = ("PERMISSION_DENIED",)
+IN_TLS = {
+    "self-signed": "self-signed certificate",
+    "stranger's CA": "unable to get local issuer certificate",
+    "same-name CA": "unable to get local issuer certificate",
+    "expired": "certificate has expired",
+    "not yet valid": "certificate is not yet valid",
+    "revoked": "certificate revoked",
+    "server use": "unsuitable certificate purpose",
+}
+"""What the audit log says of a handshake: OpenSSL's words."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,11 @@ class Site:
     running: RunningServer
     ca: OpenSslCa
     trusted: Path
+    log: Path
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Of the audit log."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
 
 
 @asynccontextmanager
@@ -71,9 +89,10 @@ async def site(path: Path) -> AsyncIterator[Site]:
     bundle.write_bytes(ca.pem.read_bytes() + titled.pem.read_bytes())
     lists.write_bytes(ca.crl.read_bytes() + titled.crl.read_bytes())
     runner = RunnerConfig(state_dir=path / "state")
-    config = ServerConfig(runner=runner, listen="127.0.0.1:0", ca=bundle, cert=pair.cert, key=pair.key, crl=lists)
+    log = path / "audit.jsonl"
+    config = ServerConfig(runner=runner, listen="127.0.0.1:0", ca=bundle, cert=pair.cert, key=pair.key, crl=lists, audit_log=log)
     async with running_server(config) as running:
-        yield Site(running, ca, bundle)
+        yield Site(running, ca, bundle, log)
 
 
 def certificate(here: Site, kind: str) -> Pair:
@@ -125,6 +144,15 @@ async def test_every_rpc_and_the_client_are_told(tmp_path: Path, kind: str) -> N
                     with pytest.raises(error) as caught:
                         await client.list()
                     assert told in caught.value.message
+        lines = here.lines()
+        if answers is REFUSED:
+            assert {line["event"] for line in lines} == {"handshake"}
+            assert IN_TLS[kind] in {line["reason"] for line in lines}
+        elif error is not None:
+            assert {line["event"] for line in lines} <= {"denied", "cut"}
+            assert {line["rpc"] for line in lines if told in line["reason"] and line["event"] == "denied"} == {*TABLE}
+        else:
+            assert {line["rpc"] for line in lines if line["event"] == "allowed"} == {rpc for rpc in TABLE if answers[rpc] not in NO}
 
 
 async def test_a_client_below_tls_1_3_and_the_server_both_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -238,4 +266,6 @@ async def test_a_certificate_that_ends_on_a_live_connection_ends_it(tmp_path: Pa
                 with pytest.raises(Unauthenticated, match="it has expired"):
                     await client.list()
         assert not job.ended
+        cuts = [(line["user"], line["reason"]) for line in here.lines() if line["event"] == "cut"]
+        assert cuts == [("c", "the client certificate has expired")]
         await job.stop(grace=0)

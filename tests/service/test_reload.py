@@ -78,7 +78,8 @@ def make_ca(directory: Path, *users: str) -> Path:
 def config_of(path: Path) -> ServerConfig:
     live = path / "live"
     ca, cert, key, crl = (live / name for name in FILES)
-    return ServerConfig(runner=RunnerConfig(state_dir=path / "state"), listen="127.0.0.1:0", ca=ca, cert=cert, key=key, crl=crl)
+    runner, log = RunnerConfig(state_dir=path / "state"), path / "audit.jsonl"
+    return ServerConfig(runner=runner, listen="127.0.0.1:0", ca=ca, cert=cert, key=key, crl=crl, audit_log=log)
 
 
 @asynccontextmanager
@@ -135,6 +136,11 @@ async def test_revocation_and_renewal_under_fifty_followers(tmp_path: Path) -> N
                 assert await served(here) == serial(here.live / "server.pem")
                 await job.stop(grace=0)
         assert "the client certificate is revoked" in revoked[0]
+        lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+        cuts = [(line["user"], line["reason"]) for line in lines if line["event"] == "cut"]
+        assert cuts == [("mallory", "the client certificate is revoked")]
+        ends = {(line["user"], line["outcome"]) for line in lines if line["event"] == "done"}
+        assert ("mallory", "UNAUTHENTICATED") in ends
         async with job.log(follow=False) as reader:
             whole = b"".join([getattr(chunk, "data", b"") async for chunk in reader])
         assert len(whole) > 100

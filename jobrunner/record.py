@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from jobrunner.errors import JobRunnerError
@@ -50,9 +50,9 @@ def fingerprint(spec: JobSpec) -> str:
 
     Of what is not at its default alone, so that a server that knows more fields gives the same.
     """
-    plain, usual = _spec_json(replace(spec, request_id="")), _spec_json(JobSpec(spec.command))
+    plain = _spec_json(spec)
     limits = {name: value for name, value in plain.pop("limits").items() if value is not None}
-    asked = {name: value for name, value in plain.items() if value != usual[name]}
+    asked = {name: value for name, value in plain.items() if name not in ("command", "request_id") and value != USUAL[name]}
     return hashlib.sha256(json.dumps([spec.command, asked, limits], sort_keys=True).encode()).hexdigest()
 
 
@@ -62,7 +62,7 @@ def pack_record(record: JobRecord) -> bytes:
         "version": VERSION,
         "job_id": record.job_id,
         "spec": _spec_json(record.spec) | {"env": sorted(record.spec.env)},
-        "limits": asdict(record.limits),
+        "limits": _limits_json(record.limits),
         "user": record.user,
         "node": record.node,
         "created": record.created,
@@ -101,7 +101,15 @@ def parse_record(data: bytes, job_id: str) -> JobRecord:
 
 def _spec_json(spec: JobSpec) -> dict[str, Any]:
     plain = {item.name: getattr(spec, item.name) for item in fields(JobSpec)}
-    return plain | {"limits": asdict(spec.limits), "env": dict(spec.env), "labels": dict(spec.labels)}
+    return plain | {"limits": _limits_json(spec.limits), "env": dict(spec.env), "labels": dict(spec.labels)}
+
+
+def _limits_json(limits: Limits) -> dict[str, Any]:
+    return {item.name: getattr(limits, item.name) for item in fields(Limits)}
+
+
+USUAL = _spec_json(JobSpec("usual"))
+"""What a request has that asks for nothing."""
 
 
 def _from_json(raw: dict[str, Any]) -> JobRecord:

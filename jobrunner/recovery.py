@@ -149,28 +149,48 @@ def _bounds(job: RunnerJob) -> tuple[int, int]:
 
 async def settle(runner: JobRunner, job: RunnerJob) -> None:
     """The shim of a job is gone: see that nothing of the job is left, decide how it ended, and let everyone know."""
-    left = await _left(runner, job)
-    await _clear(job, left.exit_record)
-    try:
-        work = runner.state.settle if left.ran else runner.state.remove
-        await anyio.to_thread.run_sync(work, job.job_id)
-    except OSError as exc:  # it has its marker still, so the next server does it
-        logger.error("cannot settle job %s: %s", job.job_id, exc)
+    left, settled = await _at_once(runner, job)
+    if settled is None:
+        await _clear(job, left.exit_record)
+        settled = await anyio.to_thread.run_sync(_mark, runner, job.job_id, left.ran)
     if not left.ran:
         runner.forget(job)
     runner.end(job, left)
-    await _give_back(runner, job.job_id, job.record.uid)
+    if settled:
+        runner.identities.give_back(job.record.uid)
+    else:
+        await _give_back(runner, job.job_id, job.record.uid)
 
 
-async def _left(runner: JobRunner, job: RunnerJob) -> Left:
+async def _at_once(runner: JobRunner, job: RunnerJob) -> tuple[Left, bool | None]:
     while True:
         try:
-            return await anyio.to_thread.run_sync(look, runner, job, True)
+            return await anyio.to_thread.run_sync(_settle_now, runner, job)
         except (OSError, RecordError) as exc:
             logger.error("cannot read how job %s ended: %s", job.job_id, exc)
             if not isinstance(exc, OSError) or exc.errno not in PASSING:
-                return Left(None, True, time.time(), job.stop_asked_by or "", (0, 0))
+                return Left(None, True, time.time(), job.stop_asked_by or "", (0, 0)), None
         await asyncio.sleep(TRY_AGAIN)
+
+
+def _settle_now(runner: JobRunner, job: RunnerJob) -> tuple[Left, bool | None]:
+    """What is left, and what `_mark` says: None if the cgroup is not empty yet, or is not to be trusted to be."""
+    left = look(runner, job, True)
+    ended = left.exit_record is not None and left.exit_record.state is State.ENDED
+    if not ended or (job.cgroup is not None and not job.cgroup.remove()):
+        return left, None
+    return left, _mark(runner, job.job_id, left.ran)
+
+
+def _mark(runner: JobRunner, job_id: str, ran: bool) -> bool:
+    """From here on it is settled for a later server too; True if its uid is free as well."""
+    try:
+        if ran:
+            return runner.state.settle(job_id)
+        runner.state.remove(job_id)
+    except OSError as exc:  # it has its marker still, so the next server does it
+        logger.error("cannot settle job %s: %s", job_id, exc)
+    return False
 
 
 async def _give_back(runner: JobRunner, job_id: str, uid: int) -> None:

@@ -154,7 +154,7 @@ def _plan(
         root=places.root_of(spec, config),
         writable=spec.writable,
         volumes=volumes,
-        mask=(*HIDE, *config.hide, str(config.state_dir.resolve())),
+        mask=(*HIDE, *config.hide, str(directory.parent.parent)),  # the state directory, without links
         work=str(directory / "work") if record.work == places.DISK else "",
         work_size=limits.work_size if record.work == places.MEMORY else None,
         tmp_size=limits.tmp_size,

@@ -24,7 +24,7 @@ from jobrunner.errors import HostError
 from jobrunner.identity import PROJECT_IDS
 from jobrunner.job import is_job_id
 from jobrunner.linux.quota import Projects
-from jobrunner.linux.tree import remove_tree, reown_tree
+from jobrunner.linux.tree import remove_tree, reown_empty, reown_tree
 from jobrunner.linux.user import give
 from jobrunner.record import JobRecord, RecordError, pack_record, parse_record
 from jobrunner.shim.exitrecord import ExitRecord, is_newer, parse_exit
@@ -199,12 +199,18 @@ class StateDir:
             return exc.errno not in (errno.ENXIO, errno.ENOENT)
         return True
 
-    def settle(self, job_id: str) -> None:
-        """The job has ended and everything about it is on disk: after a restart it is settled, and its uid still taken."""
+    def settle(self, job_id: str) -> bool:
+        """The job has ended and everything about it is on disk: after a restart it is settled. False if its uid is taken until
+        `reown` has taken over its files.
+        """
+        if reown_empty(self.directory(job_id) / "work"):
+            self.unmark(job_id)
+            return True
         try:
             (self.running / job_id).rename(self.leaving / job_id)
         except FileNotFoundError:  # a marker that was lost
             (self.leaving / job_id).touch(mode=0o600)
+        return False
 
     def unmark(self, job_id: str) -> None:
         """There is no such job any more."""
@@ -339,7 +345,7 @@ def read_file(path: Path, most: int = MAX_FILE) -> bytes:
         if found.st_uid != os.geteuid():
             raise RecordError(f"it belongs to uid {found.st_uid}")
         with open(fd, "rb", closefd=False) as file:
-            return file.read(most)
+            return file.read(found.st_size)
     finally:
         os.close(fd)
 

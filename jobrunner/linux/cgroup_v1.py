@@ -222,12 +222,12 @@ class CgroupV1Host:
         made: list[Path] = []
         try:
             for jobs in dict.fromkeys(self._jobs.values()):
-                kernfs.make(jobs / job_id)
-                made.insert(0, jobs / job_id)
-            for part in (SHIM, JOB) if "cpu" in self._jobs else ():
-                kernfs.make(self._jobs["cpu"] / job_id / part)
-                made.insert(0, self._jobs["cpu"] / job_id / part)
+                kernfs.make(place := jobs / job_id)
+                made.insert(0, place)
             directories = self._directories(job_id)
+            for part in (SHIM, JOB) if "cpu" in directories else ():
+                kernfs.make(place := directories["cpu"] / part)
+                made.insert(0, place)
             outcome = Outcome(allow_missing, explicit)
             self._limit_cpu(directories, limits, outcome)
             self._limit_memory(directories, limits, outcome)

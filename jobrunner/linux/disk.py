@@ -6,9 +6,10 @@ partition, logical volume or RAID, to the disks below.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +43,22 @@ def mounted_on_disks() -> list[str]:
 def disks_under(paths: Iterable[str | os.PathLike[str]], sys: Path = SYS) -> list[Disk]:
     """The disks under these paths, each once; for a path without one, a Disk that says why."""
     found: dict[str, Disk] = {}
-    for path in paths:
+    for path in _on_different(paths):
         for disk in _disks_of(os.fspath(path), os.fspath(path), sys):
             found.setdefault(disk.device or disk.reason, disk)
     return list(found.values())
+
+
+def _on_different(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | os.PathLike[str]]:
+    """Of paths on one block device the first: the others have nothing new to tell."""
+    seen: set[int] = set()
+    for path in paths:
+        with contextlib.suppress(OSError):
+            number = Path(path).stat().st_dev
+            if os.major(number) and number in seen:
+                continue
+            seen.add(number)
+        yield path
 
 
 def _disks_of(path: str, asked: str, sys: Path) -> list[Disk]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from jobrunner.linux.user import is_root
 
-__all__ = ["remove_tree", "reown_tree", "tree_size"]
+__all__ = ["remove_tree", "reown_empty", "reown_tree", "tree_size"]
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -41,6 +41,22 @@ def reown_tree(top: Path) -> None:
     for directory, name, is_directory in _contents(top, unlock=True, enter=_close):
         if not is_directory:
             os.chown(name, *owner, dir_fd=directory, follow_symlinks=False)
+
+
+def reown_empty(top: Path) -> bool:
+    """The same of a directory with nothing in it, as most jobs leave theirs; False if there is more to do, or it cannot be done."""
+    try:
+        here = (_opened if is_root() else _unlocked)(top, None)
+    except OSError:
+        return False
+    try:
+        _close(here)
+        with os.scandir(here) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return False
+    finally:
+        os.close(here)
 
 
 def _close(directory: int) -> None:

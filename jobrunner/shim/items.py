@@ -11,10 +11,11 @@ __all__ = ["pack_items", "parse_items"]
 
 def pack_items(kind: str, items: Iterable[tuple[str, str]]) -> bytes:
     """The list as bytes. ValueError for a value with a NUL: it would be read as two items."""
-    parts = [f"{kind}=1", *(f"{key}={value}" for key, value in items)]
-    if any("\0" in part for part in parts):
+    parts = [f"{kind}=1", *(f"{key}={value}" for key, value in items), ""]
+    packed = os_bytes("\0".join(parts))
+    if packed.count(b"\0") != len(parts) - 1:
         raise ValueError("an item must not contain a NUL byte")
-    return b"".join(os_bytes(part) + b"\0" for part in parts)
+    return packed
 
 
 def parse_items(kind: str, raw: bytes) -> list[tuple[str, str]]:

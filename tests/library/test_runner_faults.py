@@ -186,7 +186,7 @@ async def test_trees_that_take_for_ever_to_take_over_keep_no_start_waiting(tmp_p
     async with open_runner(tmp_path) as runner:
         try:
             for _ in range(int(anyio.to_thread.current_default_thread_limiter().total_tokens)):
-                await run(runner, JobSpec("true"))
+                await run(runner, JobSpec("touch", ("left",)))
             await run(runner, JobSpec("true"), seconds=10)
         finally:
             done.set()

@@ -40,7 +40,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite a key that is th
 @app.command(cls=PlainCommand)
 def init(
     directory: Dir = "certs",
-    name: Annotated[str, typer.Option(help="The CA's own name.")] = "",
+    name: Annotated[str, typer.Option(metavar="NAME", help="The CA's own name.")] = "",
     days: Days = None,
     passphrase_file: Passphrase = "",
 ) -> int:
@@ -122,7 +122,7 @@ def revoke(
     directory: Dir = "certs",
     passphrase_file: Passphrase = "",
 ) -> int:
-    """Revoke every certificate of a name that still holds, or the one with a serial number. Bring crl.pem to the server then."""
+    """Revoke a name's certificates that still hold. With a serial number, that one. Bring crl.pem to the server then."""
     pki = _pki()
     with pki.Authority.opened(Path(directory), _passphrase(passphrase_file)) as authority:
         for name in names:
@@ -137,7 +137,7 @@ def show(
     directory: Dir = "certs",
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> int:
-    """Tell what certificates are, how long they hold, and what is wrong or weak about them; of a CA's directory or of any files."""
+    """Tell what certificates say and how long they hold. And what is wrong or weak; of a CA's directory or of any files."""
     pki = _pki()
     revoked, warnings = ([], []) if files else _list_of(Path(directory))
     paths = [Path(file) for file in files or []] or sorted(path for path in Path(directory).glob("*.pem") if path.name != "crl.pem")

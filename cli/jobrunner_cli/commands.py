@@ -10,7 +10,7 @@ from jobrunner import __version__
 from jobrunner.job import JobStatus, Stream
 from jobrunner.output import Selection
 from jobrunner_cli import certs, submit, workspaces
-from jobrunner_cli.exitcodes import job_exit_code
+from jobrunner_cli.exitcodes import USAGE, job_exit_code
 from jobrunner_cli.session import Settings, connected, say, warn
 from jobrunner_cli.typed import PlainCommand, PlainGroup
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     name="jobrunner",
     help="Run commands as isolated, limited jobs on another host.",
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     cls=PlainGroup,
@@ -42,7 +43,7 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def options(
     ctx: typer.Context,
     address: Annotated[str, typer.Option(envvar="JOBRUNNER_ADDRESS", metavar="HOST:PORT", help="The server.")] = "",
@@ -54,6 +55,9 @@ def options(
     ] = "",
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help(), err=True)
+        raise typer.Exit(USAGE)
     ctx.obj = Settings(address, ca, cert, key, key_passphrase_file)
 
 
@@ -173,7 +177,10 @@ def log(
     offset: Annotated[str, typer.Option(metavar="BYTE", help="Start at this byte of the output.")] = "0",
     stream: Annotated[str, typer.Option(metavar="stdout|stderr", help="Only this stream.")] = "",
 ) -> int:
-    """Copy a job's output: its stdout to stdout, its stderr to stderr."""
+    """Show a job's output, byte for byte.
+
+    Its stdout goes to stdout, its stderr to stderr.
+    """
     selection = Selection(
         offset=submit.offset(offset),
         follow=follow,
@@ -223,7 +230,7 @@ def list_jobs(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only ids.")] = False,
     status: Annotated[list[str], typer.Option(metavar="STATUS", help="Only jobs of this status; repeatable.")] = [],  # noqa: B006
     label: Annotated[list[str], typer.Option(metavar="KEY=VALUE", help="Only jobs with this label; repeatable.")] = [],  # noqa: B006
-    name: Annotated[str, typer.Option("-n", "--name", help="Only jobs of this name.")] = "",
+    name: Annotated[str, typer.Option("-n", "--name", metavar="NAME", help="Only jobs of this name.")] = "",
 ) -> int:
     """List jobs, newest first."""
     from jobrunner_cli.show import as_json, table

@@ -67,10 +67,10 @@ E = TypeVar("E", bound=StrEnum)
 Text = str | None
 
 Command = Annotated[list[str], typer.Argument(metavar="COMMAND [ARG]...", help="The command and its arguments.")]
-Name = Annotated[str, typer.Option("--name", "-n", help="A name for people; also the job's host name.")]
+Name = Annotated[str, typer.Option("-n", "--name", metavar="NAME", help="A name for people; also the job's host name.")]
 Env = Annotated[list[str], typer.Option("--env", "-e", metavar="NAME=VALUE", help="A variable of the job; repeatable.")]
 EnvFile = Annotated[list[str], typer.Option("--env-file", metavar="FILE", help="Variables, NAME=VALUE in each line; repeatable.")]
-Cwd = Annotated[str, typer.Option(help="Working directory, absolute.")]
+Cwd = Annotated[str, typer.Option(metavar="DIRECTORY", help="Working directory, absolute.")]
 Network = Annotated[str, typer.Option(metavar="none|host", help="The host's network, if the server allows it.")]
 Root = Annotated[str, typer.Option(metavar="NAME", help="A root file system that the server names.")]
 Writable = Annotated[bool, typer.Option("--writable", help="Let the job write to its root; what it writes vanishes with it.")]

@@ -7,6 +7,7 @@ which takes a third of the time of `jobrunner status`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -35,8 +36,16 @@ class PlainGroup(TyperGroup):
         return _as_typed(super().get_params(ctx))
 
 
+def _no_type(ctx: object) -> str:
+    return ""
+
+
 def _as_typed(params: list[Any]) -> list[Any]:
-    # Private to typer. Where a version of typer has no such attribute this changes nothing, and its own conversion gives the same.
+    # Private to typer. Where a version of typer has no such attributes this changes nothing: its own conversion gives the same, and
+    # help has the types of arguments in it.
     for param in params:
         param._runtime_param = _AsTyped()
+        if param.param_type_name == "argument":
+            param._usage_display_name = partial(str, param.metavar)
+            param.display_type_rich = _no_type
     return params

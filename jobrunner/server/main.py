@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +20,12 @@ import anyio
 import typer
 
 from jobrunner import checked
-from jobrunner.config import RunnerConfig, ServerConfig, load, load_runner
+from jobrunner.config import RunnerConfig, load, load_runner
 from jobrunner.errors import ConfigError, InternalError, JobRunnerError
 from jobrunner.linux.finding import Level
 from jobrunner.runner import JobRunner
 from jobrunner.server import control, hostcheck, process
-from jobrunner.server.devcerts import CLIENTS, make_certs
+from jobrunner.server import dev as development
 from jobrunner.stdio import PIPE_CLOSED, STDERR, STDOUT, OutputClosed, OutputFailed, Unbuffered, fill_descriptors
 
 __all__ = ["app", "main", "run"]
@@ -35,14 +33,15 @@ __all__ = ["app", "main", "run"]
 EXIT_BUG, EXIT_USAGE, EXIT_HOST, EXIT_OUTPUT, EXIT_INTERRUPTED = 1, 2, 3, 74, 130
 app = typer.Typer(
     help="The server of jobrunner, a remote job executor.",
-    no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 
-Config = Annotated[str | None, typer.Option(help="Settings in TOML.", envvar="JOBRUNNERD_CONFIG")]
+Config = Annotated[str | None, typer.Option(metavar="FILE", help="Settings in TOML.", envvar="JOBRUNNERD_CONFIG")]
+StateDirectory = Annotated[str | None, typer.Option(metavar="DIRECTORY", help="Where jobs and their output are kept.")]
 # Texts, as in the settings file, not typer's paths: an empty text, of a variable that is not set for instance, would be ".".
 
 
@@ -58,21 +57,23 @@ def _settings(config: str | None) -> Path | None:
     return None if config is None else _given("config", config)
 
 
-@app.callback()
-def _commands() -> None:
-    """Commands have names, also while there are few."""
+@app.callback(invoke_without_command=True)
+def _commands(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help(), file=sys.stderr)
+        raise typer.Exit(EXIT_USAGE)
 
 
 @app.command()
 def serve(
     config: Config = None,
-    listen: Annotated[str | None, typer.Option(help="HOST:PORT; port 0 is any free one.")] = None,
-    state_dir: Annotated[str | None, typer.Option(help="Where jobs and their output are kept.")] = None,
-    ca: Annotated[str | None, typer.Option(help="The CA that clients' certificates are from, PEM.")] = None,
-    cert: Annotated[str | None, typer.Option(help="The server's certificate, PEM.")] = None,
-    key: Annotated[str | None, typer.Option(help="Its private key, PEM.")] = None,
-    key_passphrase_file: Annotated[str | None, typer.Option(help="Its first line opens the key.")] = None,
-    crl: Annotated[str | None, typer.Option(help="The CA's revocation list, PEM.")] = None,
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Port 0 is any free one.")] = None,
+    state_dir: StateDirectory = None,
+    ca: Annotated[str | None, typer.Option(metavar="FILE", help="The CA that clients' certificates are from, PEM.")] = None,
+    cert: Annotated[str | None, typer.Option(metavar="FILE", help="The server's certificate, PEM.")] = None,
+    key: Annotated[str | None, typer.Option(metavar="FILE", help="Its private key, PEM.")] = None,
+    key_passphrase_file: Annotated[str | None, typer.Option(metavar="FILE", help="Its first line opens the key.")] = None,
+    crl: Annotated[str | None, typer.Option(metavar="FILE", help="The CA's revocation list, PEM.")] = None,
 ) -> None:
     """Serve jobs over mutual TLS until SIGTERM or SIGINT. Jobs run on without the server, unless `on_shutdown` is `stop`.
 
@@ -89,15 +90,14 @@ def serve(
 @app.command()
 def check(
     config: Config = None,
-    state_dir: Annotated[str | None, typer.Option(help="Where jobs and their output will be kept.")] = None,
+    state_dir: StateDirectory = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects: level, name, what, remedy.")] = False,
 ) -> None:
-    """Tell what this host offers jobs and what it lacks, with the remedy; leaves nothing behind.
+    """Tell what this host offers jobs, and what it lacks.
 
-    A line for each thing: ok, limited (jobs run, something is not held) or missing. Where nothing is missing, jobs are run in the
-    end, with all their protections, one for each root and volume that the settings offer.
-
-    Exit code 3 if anything is missing, 2 if the settings cannot be read.
+    Leaves nothing behind. A line for each thing: ok, limited (jobs run, something is not held) or missing, with the remedy.
+    Where nothing is missing, jobs are run in the end with all their protections, one for each root and volume that the settings
+    offer. Exit code 3 if anything is missing, 2 if the settings cannot be read.
     """
     with _told():
         findings = hostcheck.findings(_settings(config), state_dir)
@@ -109,12 +109,12 @@ def check(
 @app.command()
 def stop_jobs(
     config: Config = None,
-    state_dir: Annotated[str | None, typer.Option(help="Where jobs and their output are kept.")] = None,
-    grace: Annotated[str, typer.Option(help="How long jobs get at most, each within its own grace period.")] = "5s",
+    state_dir: StateDirectory = None,
+    grace: Annotated[str, typer.Option(metavar="DURATION", help="For all jobs; each has its own grace period at most.")] = "5s",
 ) -> None:
-    """Stop all jobs that run on while no server does, as when the host shuts down; they are told as `shutdown`.
+    """Stop all jobs that run on while no server does.
 
-    Exit code 3 while a server holds the state directory: stop that first.
+    As when the host shuts down: they are told as `shutdown`. Exit code 3 while a server holds the state directory: stop that first.
     """
 
     async def stop(settings: RunnerConfig) -> None:
@@ -134,12 +134,12 @@ def stop_jobs(
 @app.command()
 def drain(
     config: Config = None,
-    state_dir: Annotated[str | None, typer.Option(help="Where jobs and their output are kept.")] = None,
+    state_dir: StateDirectory = None,
 ) -> None:
-    """Let the running server take no new jobs, and leave when the last has ended; returns then.
+    """Let the server take no new jobs, and leave after its last.
 
-    Everything else is served meanwhile. Interrupting this command does not take it back; a server that is started anew takes jobs.
-    Exit code 3 if no server holds the state directory, or if it has left before its last job had ended.
+    Returns when it has left. Everything else is served meanwhile. Interrupting this command does not take it back; a server that is
+    started anew takes jobs. Exit code 3 if no server holds the state directory, or if it has left before its last job had ended.
     """
     with _told():
         control.drain(
@@ -150,20 +150,17 @@ def drain(
 @app.command()
 def dev(
     directory: Annotated[
-        str | None, typer.Option("--dir", help="For certificates and jobs; a new one in /tmp if not given.")
+        str | None, typer.Option("--dir", metavar="DIRECTORY", help="For certificates and jobs; a new one in /tmp if not given.")
     ] = None,
-    listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 is any free one.")] = "127.0.0.1:7443",
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Port 0 is any free one.")] = "127.0.0.1:7443",
 ) -> None:
-    """Serve with throw-away certificates, and print what a client needs: one line to paste for each role."""
+    """Serve with throw-away certificates, to try it out.
+
+    Prints what a client needs: one line to paste for each role. Under sudo the clients' keys are the calling user's.
+    """
     with _told():
         _given("listen", listen, checked.listen)
-        made = Path(tempfile.mkdtemp(prefix="jobrunner-dev-")) if directory is None else _given("dir", directory)
-        root = made.absolute()
-        if not (root / "ca.pem").exists():
-            make_certs(root)
-        runner = load_runner(None, os.environ, {"state_dir": root / "state"})
-        settings = ServerConfig(runner=runner, listen=listen, ca=root / "ca.pem", cert=root / "server.pem", key=root / "server.key")
-        process.serve(settings, ready=lambda address: _tell_clients(root, address))
+        development.serve(None if directory is None else _given("dir", directory), listen, ready=_tell_address)
 
 
 def main() -> None:
@@ -193,24 +190,6 @@ def run(args: Sequence[str]) -> int:
 
 def _tell_address(address: str) -> None:
     print(f"listening on {address}", file=sys.stderr, flush=True)
-
-
-def _tell_clients(root: Path, address: str) -> None:
-    """One line of shell for each role, also kept as files to source."""
-    for user in CLIENTS:
-        line = f"export {' '.join(f'{name}={shlex.quote(value)}' for name, value in _client(root, user, address).items())}"
-        (root / f"{user}.env").write_text(f"{line}\n")
-        print(f"# as {user}, also in {root / user}.env\n{line}\n", flush=True)
-    _tell_address(address)
-
-
-def _client(root: Path, user: str, address: str) -> Mapping[str, str]:
-    return {
-        "JOBRUNNER_ADDRESS": address,
-        "JOBRUNNER_CA": str(root / "ca.pem"),
-        "JOBRUNNER_CERT": str(root / f"{user}.pem"),
-        "JOBRUNNER_KEY": str(root / f"{user}.key"),
-    }
 
 
 @contextmanager

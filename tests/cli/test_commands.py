@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 import pytest
 
+from jobrunner_cli.main import run
 from tests.support.cli import jobrunner, shell, start, stop, wait
 
 if TYPE_CHECKING:
@@ -20,6 +22,28 @@ def ended(server: ServerProcess, script: str, *options: str) -> str:
     job_id = shell(server, script, *options)
     wait(server, job_id)
     return job_id
+
+
+COMMANDS = ("start", "run", "stop", "status", "log", "wait", "info", "ls", "rm", "certs", "workspace")
+
+
+def test_without_a_command_it_tells_those_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("Usage: jobrunner [OPTIONS] COMMAND")
+    listed = [line for line in shown.err.partition("Commands:\n")[2].splitlines() if line[:3] != "   "]
+    assert [line.split()[0] for line in listed] == list(COMMANDS)
+    assert not [line for line in listed if line.endswith("...")], "the first sentence has room in the list"
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "certs issue", "workspace rm"])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_is_in_words_of_the_field(capsys: pytest.CaptureFixture[str], command: str, option: str) -> None:
+    assert run([*command.split(), option]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"Usage: jobrunner {command} [OPTIONS]")
+    assert not re.search(r"<\w+|[{}]", shown), "types of Python's"
 
 
 def test_start_prints_the_job_id_of_12_hexadecimal_characters(server: ServerProcess) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -171,6 +172,23 @@ async def test_dev_prints_what_clients_need(tmp_path: Path) -> None:
             assert (await viewer.get(job.job_id).wait()).user == "admin"
             with pytest.raises(PermissionDenied):
                 await viewer.start("/bin/echo")
+
+
+async def test_dev_under_sudo_gives_the_clients_keys_to_whom_it_was_called_by(tmp_path: Path) -> None:
+    environment = {**ENVIRONMENT, "SUDO_UID": "1000", "TMPDIR": str(tmp_path)}
+    async with daemon("dev", "--listen", "127.0.0.1:0", env=environment) as server:
+        await server.line("listening on ")
+        (made,) = tmp_path.iterdir()
+        modes = {path.name: (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) for path in (made, *made.glob("*.key"))}
+    clients = {f"{user}.key": (1000, 0o600) for user in ("admin", "viewer")}
+    assert modes == {made.name: (0, 0o711), "ca.key": (0, 0o600), "server.key": (0, 0o600), **clients}
+
+
+@pytest.mark.parametrize("words", [[], ["dev", "-h"]])
+async def test_help_is_shown_and_without_a_command_too(words: list[str]) -> None:
+    done = await anyio.run_process([JOBRUNNERD, *words], check=False)
+    assert done.returncode == (0 if words else 2)
+    assert (done.stdout if words else done.stderr).startswith(b"Usage: jobrunnerd ")
 
 
 def evaluated(line: str) -> dict[str, str]:

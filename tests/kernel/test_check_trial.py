@@ -13,6 +13,7 @@ import pytest
 
 from jobrunner.linux.remedies import NEEDED
 from jobrunner.trial import _untrue
+from tests.support.runner import cgroup_directories, shims_below
 
 pytestmark = [pytest.mark.requires("root", "command:setpriv"), pytest.mark.timeout(120)]
 
@@ -39,30 +40,13 @@ def check(settings: Path, text: str, *wrap: str) -> dict[str, Any]:
 
 def test_a_job_is_run_and_nothing_is_left_of_it(settings: Path) -> None:
     (settings.parent / "state").mkdir()
-    before = processes(), cgroups()
-    job = check(settings, "")["job"]
+    pid = settings.with_name("pid")
+    job = check(settings, "", "sh", "-c", f'echo $$ > {pid}; exec "$0" "$@"')["job"]
     assert job["level"] == "ok"
     assert "no capability, filter set, a read-only root" in job["what"]
     assert os.listdir(settings.parent / "state") == []
-    assert (processes() - before[0], cgroups() - before[1]) == (set(), set())
-
-
-def processes() -> set[str]:
-    """Shims of this check's jobs: their arguments name its directory."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                directory = os.readlink(entry / "cwd")
-            except OSError:
-                continue
-            if ".jobrunner-check-" in directory:
-                found.add(entry.name)
-    return found
-
-
-def cgroups() -> set[str]:
-    return {path for path, _, _ in os.walk("/sys/fs/cgroup") if "jobrunner-check" in path}
+    assert shims_below(settings.parent) == []
+    assert cgroup_directories(f"jobrunner-check-{pid.read_text().strip()}") == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import anyio.to_thread
 from grpclib.const import Cardinality
 from grpclib.exceptions import GRPCError
 
@@ -114,7 +115,8 @@ class JobClient:
 
     async def __aenter__(self) -> Self:
         """Reads the certificates; connects on the first call. ConfigError says which file cannot be read, and why."""
-        context = client_context(*self._files, passphrase_file=self._passphrase_file)
+        read = partial(client_context, *self._files, passphrase_file=self._passphrase_file)
+        context = await anyio.to_thread.run_sync(read, abandon_on_cancel=True)
         self._open = ClientChannel(self._host, self._port, context, StrictCodec(), self._connection.back)
         return self
 

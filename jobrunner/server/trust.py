@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import anyio
+import anyio.to_thread
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -37,6 +39,7 @@ REMIND = 3600.0
 SOON = timedelta(days=10)
 """Before a revocation list expires, which refuses everyone, and a certificate of the server's."""
 
+T = TypeVar("T")
 _Signature = tuple[tuple[int, ...], ...]
 Anchor = tuple[bytes, bytes]
 """Subject and public key, DER: a CA that was renewed with its old key is the same."""
@@ -141,20 +144,20 @@ class Trust:
         Looked at rather than watched: that sees symbolic links and network file systems too, and the rest is due then anyway.
         """
         while True:
-            self._reload()
-            self._remind()
+            await self._reload()
+            await self._remind()
             changed()
             with anyio.move_on_after(SWEEP):
                 await self._asked.wait()
 
-    def _reload(self) -> None:
+    async def _reload(self) -> None:
         asked = self._asked.is_set()
         self._asked = asyncio.Event()
-        signature = self._signature()
+        signature = await _beside(self._signature)
         if not asked and signature in (self._files.signature, self._refused):
             return
         try:
-            self._files = self._load()
+            self._files = await _beside(self._load)
         except (ConfigError, OSError, ValueError) as exc:  # the last two of files that change while they are read, or are strange
             # Certificate and key are replaced one after the other: only what is still so the next time is told.
             if asked or signature == self._failed:
@@ -192,13 +195,13 @@ class Trust:
     def _signature(self) -> _Signature:
         return tuple(map(_signature, self._paths()))
 
-    def _remind(self) -> None:
+    async def _remind(self) -> None:
         """Once an hour, of what will refuse everyone soon."""
         loop = asyncio.get_running_loop()
         if loop.time() - self._told_at < REMIND:
             return
         self._told_at = loop.time()
-        for text in self.warnings():
+        for text in await _beside(self.warnings):
             logger.warning("%s", text)
 
     def warnings(self, now: datetime | None = None) -> list[str]:
@@ -223,6 +226,11 @@ class Trust:
                 f"certificate {one.path}: {text}" for one in describe(self._config.cert, now=now)[:1] for text in one.warnings
             ]
         return found
+
+
+async def _beside(read: Callable[[], T]) -> T:
+    """Files may be anywhere, on a network that hangs too: neither calls nor the end of the server wait for them."""
+    return await anyio.to_thread.run_sync(read, abandon_on_cancel=True)
 
 
 def _signature(path: Path) -> tuple[int, ...]:

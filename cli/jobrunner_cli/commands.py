@@ -223,6 +223,15 @@ def info(ctx: typer.Context, job_id: JobId, json: Json = False) -> int:
     return 0
 
 
+@app.command(cls=PlainCommand)
+def explain(ctx: typer.Context, job_id: JobId) -> int:
+    """Tell what became of a job, which limits it met, and what to do about it."""
+    from jobrunner_cli.explain import explain
+
+    say(explain(connected(ctx.obj, lambda client: client.get(job_id).info())))
+    return 0
+
+
 @app.command("ls", cls=PlainCommand)
 def list_jobs(
     ctx: typer.Context,

@@ -16,7 +16,7 @@ from jobrunner.job import EndReason, JobInfo, Limits, Usage, Workspace
 from jobrunner.stdio import STDERR
 from jobrunner.units import format_duration, format_size
 
-__all__ = ["as_json", "details", "ending", "hint", "table", "workspaces"]
+__all__ = ["as_json", "clean", "command_line", "details", "ending", "hint", "moment", "table", "workspaces"]
 
 _MOMENTS = ("created", "started", "ended")
 _SIZES = ("memory", "tmp_size", "work_size", "output_limit", "memory_peak", "read_bytes", "write_bytes")
@@ -51,8 +51,8 @@ def table(jobs: Sequence[JobInfo], now: float | None = None) -> str:
     rows = [("ID", "STATUS", "NAME", "STARTED", "USER", "COMMAND")]
     for info in jobs:
         age = f"{_age(now - (info.started or info.created))} ago"
-        user = _clean(f"{info.user} ({info.runs_as})" if info.runs_as else info.user)
-        rows.append((info.job_id, str(info.status), _clean(info.name), age, user, _command(info, 60)))
+        user = clean(f"{info.user} ({info.runs_as})" if info.runs_as else info.user)
+        rows.append((info.job_id, str(info.status), clean(info.name), age, user, command_line(info, 60)))
     return _columns(rows)
 
 
@@ -67,7 +67,7 @@ def workspaces(found: Sequence[Workspace], now: float | None = None) -> str:
     rows = [("NAME", "SIZE", "USED", "JOB", "USER")]
     for one in found:
         size = "" if one.size is None else format_size(one.size)
-        rows.append((_clean(one.name), size, f"{_age(now - one.used)} ago", one.held_by, _clean(one.user)))
+        rows.append((clean(one.name), size, f"{_age(now - one.used)} ago", one.held_by, clean(one.user)))
     return _columns(rows)
 
 
@@ -75,28 +75,28 @@ def details(info: JobInfo) -> str:
     """Everything known of a job, one `name: value` on a line; what is not known is left out."""
     lines = {
         "id": info.job_id,
-        "name": _clean(info.name),
+        "name": clean(info.name),
         "status": str(info.status),
         "reason": str(info.end_reason or ""),
-        "message": _clean(info.message),
+        "message": clean(info.message),
         "exit code": "" if info.exit_code is None else str(info.exit_code),
         "signal": "" if info.signal is None else str(info.signal),
-        "command": _command(info),
-        "labels": " ".join(_clean(f"{name}={value}") for name, value in sorted(info.labels.items())),
-        "user": _clean(info.user),
-        "node": _clean(info.node),
-        **{name: _moment(getattr(info, name)) for name in _MOMENTS if getattr(info, name)},
-        "stopped by": _clean(info.stopped_by),
-        "network": _clean(info.network),
-        "root": _clean(info.root),
+        "command": command_line(info),
+        "labels": " ".join(clean(f"{name}={value}") for name, value in sorted(info.labels.items())),
+        "user": clean(info.user),
+        "node": clean(info.node),
+        **{name: moment(getattr(info, name)) for name in _MOMENTS if getattr(info, name)},
+        "stopped by": clean(info.stopped_by),
+        "network": clean(info.network),
+        "root": clean(info.root),
         "writable": "yes" if info.writable else "",
-        "runs as": _clean(info.runs_as),
-        "volumes": " ".join(map(_clean, info.volumes)),
-        "workspace": _clean(info.workspace),
-        "work": _clean(info.work),
+        "runs as": clean(info.runs_as),
+        "volumes": " ".join(map(clean, info.volumes)),
+        "workspace": clean(info.workspace),
+        "work": clean(info.work),
         "limits": _numbers(info.limits),
         "usage": _numbers(info.usage),
-        "missing": "; ".join(map(_clean, info.missing)),
+        "missing": "; ".join(map(clean, info.missing)),
         "output": f"{info.log_end} bytes" + (f", the first {info.log_start} dropped" if info.log_start else ""),
     }
     return "\n".join(f"{name + ':':<12}{text}" for name, text in lines.items() if text)
@@ -107,7 +107,7 @@ def _plain(info: JobInfo) -> dict[str, Any]:
     for field in dataclasses.fields(info):
         value = getattr(info, field.name)
         if field.name in _MOMENTS:
-            value = None if value is None else _moment(value)
+            value = None if value is None else moment(value)
         elif isinstance(value, Limits | Usage):
             value = {inner.name: _word(getattr(value, inner.name)) for inner in dataclasses.fields(value)}
         elif isinstance(value, Mapping):
@@ -136,7 +136,7 @@ def _numbers(values: Limits | Usage) -> str:
     return " ".join(texts)
 
 
-def _moment(seconds: float) -> str:
+def moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -148,11 +148,11 @@ def _age(seconds: float) -> str:
     return f"{max(0, int(seconds))}s"
 
 
-def _command(info: JobInfo, most: int = 0) -> str:
-    text = _clean(shlex.join((info.command, *info.args)))
+def command_line(info: JobInfo, most: int = 0) -> str:
+    text = clean(shlex.join((info.command, *info.args)))
     return f"{text[: most - 1]}…" if most and len(text) > most else text
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Without control characters: a job's name or arguments must not steer a terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -74,6 +74,10 @@ class Http2(H2Connection):
         _ = super().open_inbound_streams  # forgets those that are closed
         return 0
 
+    def credit(self, stream_id: int) -> int:
+        """Bytes that the peer takes of this stream, whatever its window of all of them is. Raises ProtocolError if it is closed."""
+        return int(self._get_stream_by_id(stream_id).outbound_flow_control_window)
+
     def data_head(self, stream_id: int, size: int) -> bytes:
         """As `send_data` of so many bytes without any flag, which fit into the window and one frame: what goes before them.
 

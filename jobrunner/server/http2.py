@@ -38,7 +38,7 @@ from jobrunner.server.frames import FrameMeter, TooMuch
 from jobrunner.server.limits import Bucket, Rate
 from jobrunner.server.stream import ServerStream
 from jobrunner.server.tcp import address_of
-from jobrunner.server.turns import Turns
+from jobrunner.server.turns import Line, Turns
 
 __all__ = ["CONFIGURATION", "MAX_UNSENT", "ServerConnection", "ServerPeer", "ServerProtocol", "Shared"]
 
@@ -106,8 +106,8 @@ class ServerConnection(Connection):
     """grpclib's connection, which knows its protocol."""
 
     protocol: ServerProtocol
-    line: asyncio.Lock
-    """Calls that wait until the peer has read something, in their order."""
+    line: Line
+    """Calls that wait until the peer has read something of any of them."""
 
     def get_peer(self) -> ServerPeer:
         return ServerPeer(self.protocol)
@@ -141,7 +141,7 @@ class ServerProtocol(H2Protocol):
         self.http2.increment_flow_control_window(self.config.http2_connection_window_size - 65535)
         self._meter = FrameMeter(self.http2.max_inbound_frame_size)
         self.connection = ServerConnection(self.http2, self.transport, config=self.config)
-        self.connection.protocol, self.connection.line = self, asyncio.Lock()
+        self.connection.protocol, self.connection.line = self, Line()
         self.connection.flush()
         self.connection.initialize()
         self.processor = EventsProcessor(self.handler, self.connection)

@@ -133,38 +133,50 @@ class ServerStream(Stream):
 
         Whoever waits here holds no message yet, where one that is sent waits with a copy of its own.
         """
-        if self.room() or not self.closable:
-            return
+        if self.closable and not (self.room() and self._own_connection.line.empty):
+            with self._progress():
+                await self._turn()
+
+    async def _turn(self) -> None:
+        """Until the peer takes something and it is this call's turn. Order: the caller sends before anyone else runs.
+
+        A call that has no credit of its own is not in the line: it would hold up those that have.
+        """
         assert self.id is not None
         connection = self._own_connection
-        with self._progress():
-            while self._h2_connection.local_flow_control_window(self.id) <= 0:
+        while True:
+            while self._credit() <= 0:
                 self.window_updated.clear()
                 await self.window_updated.wait()
-            async with connection.line:
-                while not connection.write_ready.is_set():
-                    await connection.write_ready.wait()
+            async with connection.line.place():
+                while self._credit() > 0:
+                    if not connection.write_ready.is_set():
+                        await connection.write_ready.wait()
+                    elif self._h2_connection.local_flow_control_window(self.id) <= 0:  # what all calls share
+                        self.window_updated.clear()
+                        await self.window_updated.wait()
+                    else:
+                        return
 
     async def _send_as_it_goes(self, data: bytes, end_stream: bool) -> None:
         """Frame by frame. As grpclib's, but in line: there all calls that wait would write when there is room for the first."""
         assert self.id is not None
         h2, connection, size, at = self._h2_connection, self._own_connection, len(data), 0
         while at < size:
-            if h2.local_flow_control_window(self.id) <= 0:
-                self.window_updated.clear()
-                await self.window_updated.wait()
-                continue
-            async with connection.line:
-                while not connection.write_ready.is_set():
-                    await connection.write_ready.wait()
-                part = max(0, min(h2.local_flow_control_window(self.id), h2.max_outbound_frame_size, size - at))
-                if part:
-                    h2.send_data(self.id, data[at : at + part], end_stream=end_stream and at + part == size)
-                    self._transport.write(h2.data_to_send())
+            if not self.room():
+                await self._turn()
+            part = min(h2.local_flow_control_window(self.id), h2.max_outbound_frame_size, size - at)
+            h2.send_data(self.id, data[at : at + part], end_stream=end_stream and at + part == size)
+            self._transport.write(h2.data_to_send())
             at += part
             self.data_sent += part
             connection.data_sent += part
             connection.data_send_process()
+
+    def _credit(self) -> int:
+        """Bytes that the peer takes of this call, whatever it takes of all of them. Negative if it has made its windows smaller."""
+        assert self.id is not None
+        return cast("Http2", self._h2_connection).credit(self.id)
 
     @property
     def _own_connection(self) -> ServerConnection:
@@ -172,10 +184,10 @@ class ServerStream(Stream):
 
     def room(self) -> int:
         """Bytes of a message that would go out at once: nothing is in their way."""
-        if not self.connection.write_ready.is_set() or self._own_connection.line.locked() or not self.closable:
+        if not self.connection.write_ready.is_set() or self._own_connection.line.held or not self.closable:
             return 0
         assert self.id is not None
-        return min(self._h2_connection.local_flow_control_window(self.id), MAX_AT_ONCE)
+        return max(0, min(self._h2_connection.local_flow_control_window(self.id), MAX_AT_ONCE))
 
     def _send_at_once(self, data: bytes) -> None:
         """All of its frames, in few writes, and no timer for what waits for nobody."""
@@ -209,22 +221,25 @@ class ServerStream(Stream):
 
     def _sent(self) -> tuple[int, int]:
         """Bytes by this call, and by all of its connection: who waits in line for these makes progress with them."""
-        in_line = self.closable and self.id is not None and self._h2_connection.local_flow_control_window(self.id) > 0
+        in_line = self.closable and self._credit() > 0
         return self.data_sent, self.connection.data_sent if in_line else 0
 
-    def _check_progress(self, before: tuple[int, int]) -> None:
+    def _check_progress(self, before: tuple[int, int], spared: bool = False) -> None:
         loop, seconds = asyncio.get_running_loop(), self._bounds.send_timeout
-        now = self._sent()
-        if now[0] > before[0] or now[1] > before[1]:
-            self._timer = loop.call_later(seconds, self._check_progress, now)  # `_progress` cancels it
-            return
-        protocol = self._own_connection.protocol
-        if not self.connection.write_ready.is_set():
+        protocol, now = self._own_connection.protocol, self._sent()
+        moved = now[0] > before[0] or now[1] > before[1]
+        if moved or (self.connection.write_ready.is_set() and not spared and self._holds_nothing()):
+            self._timer = loop.call_later(seconds, self._check_progress, now, not moved)  # `_progress` cancels it
+        elif not self.connection.write_ready.is_set():
             # Nothing can be told to a peer that does not read: its other calls hang as well.
             protocol.cut(f"it has read nothing for {seconds:g} s (send_timeout)", "send_timeout")
         else:
             protocol.shared.account.met("send_timeout")
             self.end_call(Status.RESOURCE_EXHAUSTED, f"cannot send: the client has read nothing for {seconds:g} s (send_timeout)")
+
+    def _holds_nothing(self) -> bool:
+        """Whether the peer has read all that this call has sent: then others hold the window that it waits for, and end first."""
+        return self.closable and self._credit() >= self._h2_connection.remote_settings.initial_window_size
 
 
 def _told(headers: list[tuple[str, str]]) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
-__all__ = ["Gate", "Turns"]
+__all__ = ["Gate", "Line", "Turns"]
 
 
 class Turns:
@@ -91,3 +92,33 @@ class Gate:
                 del self._waiting[name]
         if self._passed:
             asyncio.get_running_loop().call_soon(self._next)
+
+
+class Line:
+    """Those who wait for the same thing, in their order: the first has the place, and leaves it when that is there."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._length = 0
+
+    def __repr__(self) -> str:
+        return f"<Line {self._length}>"
+
+    @property
+    def empty(self) -> bool:
+        return not self._length
+
+    @property
+    def held(self) -> bool:
+        """Whether somebody waits at its head; not from the moment when he leaves it until the next one comes there."""
+        return self._lock.locked()
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """At the head of the line."""
+        self._length += 1
+        try:
+            async with self._lock:
+                yield
+        finally:
+            self._length -= 1

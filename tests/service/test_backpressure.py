@@ -136,7 +136,7 @@ async def test_what_a_peer_reads_bit_by_bit_is_not_answered_by_all_its_calls_at_
                 group.cancel_scope.cancel()
         connection = protocol.connection
         assert isinstance(connection, ServerConnection)
-        assert connection.line.locked(), "they wait for it"
+        assert connection.line.held, "they wait for it"
     assert MAX_UNSENT < most < MAX_UNSENT + 2 * MAX_AT_ONCE
 
 

@@ -18,7 +18,7 @@ from tests.support.certs import CertificateAuthority, Pair
 from tests.support.protobuf import official
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
     from jobrunner.runner import JobRunner
@@ -53,11 +53,13 @@ class Running:
 
 
 @asynccontextmanager
-async def official_channel(address: str, ca: Path, pair: Pair | None) -> AsyncIterator[grpc.aio.Channel]:
+async def official_channel(
+    address: str, ca: Path, pair: Pair | None, options: Sequence[tuple[str, Any]] = ()
+) -> AsyncIterator[grpc.aio.Channel]:
     """A channel with this client certificate, or with none."""
     files = (pair.key.read_bytes(), pair.cert.read_bytes()) if pair else (None, None)
     credentials = grpc.ssl_channel_credentials(ca.read_bytes(), *files)
-    async with grpc.aio.secure_channel(address, credentials) as channel:
+    async with grpc.aio.secure_channel(address, credentials, options) as channel:
         yield channel
 
 

@@ -67,7 +67,7 @@ class Bounds:
     max_followers_per_job: int = _bound(checked.whole, 1000, 1, MANY)
     """Readers of one job's output at once."""
     receive_timeout: float = _bound(checked.seconds, 60.0, 0.1, 86400)
-    """Within which a call's one message has to be there."""
+    """Within which a message has to be there once it is due: a call's one, or what has begun of a stream's."""
     send_timeout: float = _bound(checked.seconds, 60.0, 0.1, 86400)
     """After which a stream whose peer takes nothing is ended."""
 

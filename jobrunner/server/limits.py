@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar
 
 from jobrunner.errors import LimitReached
 
 __all__ = ["Bucket", "Counted", "Lanes", "Rate"]
+
+Done = TypeVar("Done")
 
 BURST = 10.0
 A_FEW = 20.0
@@ -145,3 +148,21 @@ class Lanes:
             self._calls[user] -= 1
             if not self._calls[user]:
                 del self._calls[user], self._lanes[user]
+
+    async def to_its_end(self, user: str, work: Callable[[], Awaitable[Done]]) -> Done:
+        """Work that goes on when its call is cancelled, and has its place as long. Who is still waiting then does not begin."""
+        begun = False
+
+        async def do() -> Done:
+            nonlocal begun
+            async with self.one(user):
+                begun = True
+                return await work()
+
+        task = asyncio.get_running_loop().create_task(do())
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not begun:
+                task.cancel()
+            raise

@@ -74,8 +74,8 @@ class JobService(pb.JobServiceBase):
     async def start(self, message: pb.JobStartRequest) -> pb.JobStartResponse:
         begun, user = time.monotonic(), current_identity().user
         try:
-            async with self._starts.one(user):
-                job = await self._runner.start(spec_from_wire(message), user=user)
+            spec = spec_from_wire(message)
+            job = await self._starts.to_its_end(user, lambda: self._runner.start(spec, user=user))
         except JobRemoved as exc:  # it was started, and once is what was asked for
             return pb.JobStartResponse(job_id=exc.job_id)
         self._metrics.starts.observe(time.monotonic() - begun)

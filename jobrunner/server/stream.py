@@ -86,9 +86,13 @@ class ServerStream(Stream):
         self._hold(0)
 
     async def _received(self, size: int) -> bytes:
-        """Not for a call that streams to the server, which may be silent as long as it likes."""
-        if not self.wants_message:
-            return await super().recv_data(size)
+        """What has begun has to be there in time; a call that streams to the server may be silent between its messages."""
+        if self.wants_message or self._in_message:
+            return await self._in_time(size)
+        first = await super().recv_data(1)
+        return first + await self._in_time(size - 1) if first else first
+
+    async def _in_time(self, size: int) -> bytes:
         seconds = self._bounds.receive_timeout
         try:
             async with asyncio.timeout(seconds):

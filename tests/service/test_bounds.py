@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from tests.support.timing import fail_after
 pytestmark = pytest.mark.requires("root")
 
 QUERY = "/jobrunner.v1.JobService/QueryStatus"
+START = "/jobrunner.v1.JobService/Start"
 HEALTH = "/grpc.health.v1.Health/Check"
+REFLECTION = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
 RESOURCE_EXHAUSTED, NOT_FOUND, OK = "8", "5", "0"
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -323,6 +327,62 @@ async def test_of_one_user_s_starts_few_are_made_at_once(tmp_path: Path) -> None
                 most = max(most, under_way["mallory"])
                 await anyio.lowlevel.checkpoint()
         assert 1 < most <= 3
+
+
+async def test_a_start_that_is_reset_has_its_place_until_it_is_over(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_starts_per_user=3) as running, raw_peer(running) as peer:
+        request = framed(message("JobStartRequest", command="true").SerializeToString())
+        most, under_way = 0, running.runner._starts.under_way
+        for _ in range(30):
+            peer.h2.reset_stream(await peer.request(START, request))
+            await peer.flush()
+            for _ in range(10):
+                most = max(most, under_way["admin"])
+                await anyio.lowlevel.checkpoint()
+        await eventually(lambda: not len(running.runner._starts.under_way))
+        assert 1 < most <= 3
+        assert (await peer.status(await peer.request(QUERY, framed(b""))))[0] == NOT_FOUND
+
+
+async def test_who_is_cancelled_in_a_lane_keeps_a_place_only_if_his_work_has_begun() -> None:
+    lanes, over, done = Lanes(1), anyio.Event(), []
+
+    async def work(name: str) -> None:
+        await over.wait()
+        done.append(name)
+
+    first, second = (asyncio.create_task(lanes.to_its_end("alice", partial(work, name))) for name in ("first", "second"))
+    await eventually(lambda: len(lanes) == 2)
+    for task in (first, second):
+        task.cancel()
+    await asyncio.wait([first, second])
+    third = asyncio.create_task(lanes.to_its_end("alice", partial(work, "third")))
+    await eventually(lambda: len(lanes) == 2)
+    over.set()
+    await third
+    assert done == ["first", "third"]
+    assert len(lanes) == 0
+
+
+async def test_a_message_of_a_stream_that_has_begun_has_to_be_there_in_time(tmp_path: Path) -> None:
+    """One that never ends, in frames of a byte each; between its messages the call may be silent."""
+    request = framed(invocation())
+    async with serving(tmp_path, receive_timeout=1) as running, raw_peer(running) as peer:
+        for begun in (request[:3], request[:7]):
+            stream = await peer.request(REFLECTION, request, end=False)
+            await anyio.sleep(1.2)
+            for at in range(len(begun)):
+                peer.h2.send_data(stream, begun[at : at + 1])
+            await peer.flush()
+            assert await peer.status(stream) == (
+                RESOURCE_EXHAUSTED,
+                "cannot read request: its message is not there after 1 s (receive_timeout)",
+            )
+
+
+def invocation() -> bytes:
+    """A request of reflection: list the services (field 7)."""
+    return bytes([0x3A, 1, 0x2A])
 
 
 async def test_a_request_has_so_many_fields(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""README's examples, as they stand there: the server, the commands and what they print, the programs, the settings."""
+"""README's examples, as they stand there, and the settings of the documents that it leads to; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ pytestmark = pytest.mark.requires("root")
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("server", "jobs", "cli"))
 STARTED = re.compile(r"Started job with ID: ([0-9a-f]{12})")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_the_library_example_runs_a_job_without_a_server(client_env: Mapping[str
 def test_the_settings_examples_are_accepted(tmp_path: Path) -> None:
     given = {"state_dir": "state", "ca": "ca.pem", "cert": "server.pem", "key": "server.key"}
     examples = []
-    for block in blocks("toml"):
+    for block in blocks("toml", DOCUMENTS):
         file = tmp_path / "jobrunner.toml"
         file.write_text(block)
         examples.append(load(file, {}, given))
@@ -103,6 +104,22 @@ def test_the_settings_examples_are_accepted(tmp_path: Path) -> None:
 
 
 def test_every_command_that_readme_names_is_there(client_env: Mapping[str, str], tmp_path: Path) -> None:
-    named = set(re.findall(r"`jobrunner ([a-z]+)", README)) | {"run", "wait", "info", "rm"}
+    named = set(re.findall(r"`jobrunner ([a-z]+)", README + DOCUMENTS)) | {"run", "wait", "info", "rm"}
     help_text = run(["jobrunner", "--help"], client_env, tmp_path)
     assert {name for name in named if not re.search(rf"^\s+{name}\s", help_text, re.MULTILINE)} == set()
+
+
+def anchors(text: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda path: path.stem)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if not link.startswith(("https://", "http://")):
+            name, _, anchor = link.partition("#")
+            target = path.parent / name if name else path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text()), link

@@ -16,6 +16,7 @@ from jobrunner.units import parse_address, parse_duration, parse_size
 
 CGROUP_LIMITS = ("cpus", "memory", "pids", "read_bps", "write_bps", "read_iops", "write_iops")
 """The limits that a cgroup holds: a host may lack one of them."""
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -72,14 +73,27 @@ def flag(value: object) -> bool:
     return found
 
 
-def limit_names(value: object) -> tuple[str, ...]:
-    names = value.replace(",", " ").split() if isinstance(value, str) else value
-    if not isinstance(names, list | tuple):
+def names(value: object) -> tuple[str, ...]:
+    found = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(found, list | tuple):
         raise ValueError(f"{value!r} is not a list of names")
-    for name in names:
+    return tuple(map(text, found))
+
+
+def host_names(value: object) -> tuple[str, ...]:
+    found = names(value)
+    for name in found:
+        if not _HOST_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a host")
+    return found
+
+
+def limit_names(value: object) -> tuple[str, ...]:
+    found = names(value)
+    for name in found:
         if name not in CGROUP_LIMITS:
             raise ValueError(f"{name!r} is none of {', '.join(CGROUP_LIMITS)}")
-    return tuple(names)
+    return found
 
 
 def id_range(value: object) -> tuple[int, int]:

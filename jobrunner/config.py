@@ -135,6 +135,8 @@ class ServerConfig:
     """Where Prometheus may ask, in plain HTTP; as `listen`. None for nowhere."""
     metrics_anywhere: bool = False
     """Whether that may be another address than one of this host's loopback."""
+    metrics_hosts: tuple[str, ...] = ()
+    """Names by which it may be asked, besides `localhost`, that of `metrics_listen` and addresses."""
     viewer_output: bool = True
     """Whether viewers may read output, not only state."""
     bounds: Bounds = BOUNDS
@@ -185,6 +187,7 @@ KEYS: Mapping[str, Callable[[object], Any]] = {
     "listen": checked.listen,
     "metrics_listen": checked.listen,
     "metrics_anywhere": checked.flag,
+    "metrics_hosts": checked.host_names,
     "viewer_output": checked.flag,
     "log_level": checked.log_level,
     "log_format": checked.word(*LOG_FORMATS),

@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any, cast
 
 import anyio
+from grpclib import events
 from grpclib.const import Status
-from grpclib.events import RecvRequest, listen
+from grpclib.events import RecvRequest
 from grpclib.server import Server
 
 from jobrunner.config import ServerConfig
-from jobrunner.errors import AccessError, HostError, LimitReached, Unauthenticated, Unavailable
+from jobrunner.errors import AccessError, LimitReached, Unauthenticated, Unavailable
 from jobrunner.server import auth
 from jobrunner.server.account import Account, attach, audited
 from jobrunner.server.auth import Role
@@ -33,8 +32,9 @@ from jobrunner.server.calls import CallHandler
 from jobrunner.server.guard import grpc_error, guarded, refused
 from jobrunner.server.http2 import CONFIGURATION, ServerPeer, ServerProtocol, Shared
 from jobrunner.server.limits import Rate
+from jobrunner.server.listening import address_of, bound_address, listen, stop_accepting
 from jobrunner.server.stream import ServerStream
-from jobrunner.server.tcp import Listener, TlsConnection, address_of, stop_accepting
+from jobrunner.server.tcp import Listener, TlsConnection
 from jobrunner.server.trust import Trust
 from jobrunner.wire.codec import StrictCodec
 
@@ -49,10 +49,8 @@ DISMISS_TIMEOUT = 0.5
 ENDLESS = frozenset({"SubscribeOutput", "Wait", "ServerReflectionInfo"})
 """Calls that only wait or stream: nothing is cut in half when they end at once. Health's Watch ends by itself."""
 HEALTH = "/grpc.health."
-ACCEPTS, BACKLOG = 16, 1024
+ACCEPTS = 16
 """Connections accepted at once: far fewer than handshakes may be pending, so that who speaks is heard before it has to give way."""
-SILENT = 1
-"""Seconds that a connection has to say something before it is accepted all the same, and its handshake is timed (tcp(7))."""
 FRAMES_BURST = 3.0
 """Seconds' worth of small frames that may come at once; of calls it is more, but a flood is handled to the end of what was read."""
 
@@ -92,7 +90,7 @@ class JobServer(Server):
             handshake_timeout=bounds.handshake_timeout,
             shutdown_timeout=SHUTDOWN_TIMEOUT,
         )
-        listen(self, RecvRequest, self._admit)
+        events.listen(self, RecvRequest, self._admit)
         attach(self)
 
     def __repr__(self) -> str:
@@ -112,14 +110,9 @@ class JobServer(Server):
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[str]:
         """Listen, and give the address as HOST:PORT; shut down on leaving. Raises HostError if it cannot listen."""
-        host, port = self._settings.address
+        server = await listen(self.listener.accept, self._settings.listen, ACCEPTS)
         try:
-            server = await asyncio.get_running_loop().create_server(self.listener.accept, host, port, backlog=ACCEPTS)
-            _wait_in_the_kernel(server.sockets)
-        except OSError as exc:
-            raise HostError(f"cannot listen on {self._settings.listen}: {exc.strerror or exc}") from exc
-        try:
-            yield _bound_address(server.sockets, host)
+            yield bound_address(server, self._settings.listen)
         finally:
             with anyio.CancelScope(shield=True):
                 await stop_accepting(server)
@@ -223,19 +216,3 @@ class JobServer(Server):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()
-
-
-def _wait_in_the_kernel(sockets: Collection[socket.socket]) -> None:
-    """asyncio's one `backlog` is how many connections the kernel keeps, and also how many are accepted before anyone is heard.
-
-    And a client speaks first in TLS: those that say nothing are the kernel's as well, for a while.
-    """
-    for listening in sockets:
-        with socket.socket(fileno=os.dup(listening.fileno())) as same:
-            same.listen(BACKLOG)  # again, which changes the number (listen(2))
-            same.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, SILENT)
-
-
-def _bound_address(sockets: Collection[socket.socket], host: str) -> str:
-    port = next(iter(sockets)).getsockname()[1]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -36,8 +36,8 @@ from jobrunner.server.calls import CallHandler
 from jobrunner.server.connection import Http2, checked_headers
 from jobrunner.server.frames import FrameMeter, TooMuch
 from jobrunner.server.limits import Bucket, Rate
+from jobrunner.server.listening import address_of
 from jobrunner.server.stream import ServerStream
-from jobrunner.server.tcp import address_of
 from jobrunner.server.turns import Line, Turns
 
 __all__ = ["CONFIGURATION", "MAX_UNSENT", "ServerConnection", "ServerPeer", "ServerProtocol", "Shared"]

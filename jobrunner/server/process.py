@@ -20,11 +20,12 @@ from jobrunner.server import control, logs
 from jobrunner.server.account import Account
 from jobrunner.server.app import JobServer
 from jobrunner.server.audit import Audit
-from jobrunner.server.exposition import ServerCollector, exposed
+from jobrunner.server.exposition import ServerCollector
 from jobrunner.server.health import HealthService
 from jobrunner.server.metrics import Metrics
 from jobrunner.server.notify import ServiceManager
 from jobrunner.server.reflection import ReflectionService
+from jobrunner.server.scrapes import exposed
 from jobrunner.server.service import JobService
 from jobrunner.server.trust import Trust
 from jobrunner.wire import descriptors
@@ -68,7 +69,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[RunningServer]:
         handlers = [jobs, HealthService(draining), ReflectionService(descriptors.load())]
         server = JobServer(handlers, config, trust, account, draining)
         collector = ServerCollector(server, runner, trust)
-        async with exposed(config.metrics_listen, collector) as metrics, server.serve() as address:
+        async with exposed(config, collector, account) as metrics, server.serve() as address:
             keeper = asyncio.get_running_loop().create_task(server.keep_trust())
             try:
                 yield RunningServer(address, metrics, server, runner, trust, audit)

@@ -14,12 +14,13 @@ from asyncio import sslproto
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+from jobrunner.server.listening import address_of
 from jobrunner.server.turns import Turns
 
 if TYPE_CHECKING:
     from jobrunner.server.account import Account
 
-__all__ = ["Listener", "Refused", "TlsConnection", "stop_accepting", "verified_chain"]
+__all__ = ["Listener", "Refused", "TlsConnection", "verified_chain"]
 
 
 STEPS = 4
@@ -71,12 +72,15 @@ class Listener:
         if len(self.live) >= self._max_connections:
             connection = Refused(self, f"there are {self._max_connections} connections")
         else:
-            if len(self.pending) >= self._max_pending:
-                self._give_way()
             connection = TlsConnection(self, self._app_protocol())
-            self.pending[connection] = None
         self.open.add(connection)
         return connection
+
+    def begins(self, connection: TlsConnection) -> None:
+        """Its handshake does: its socket is made, and its address known."""
+        if len(self.pending) >= self._max_pending:
+            self._give_way()
+        self.pending[connection] = None
 
     def _give_way(self) -> None:
         """Drop the oldest that has said nothing, else the oldest: an honest handshake is over within milliseconds, so who is in
@@ -156,6 +160,7 @@ class TlsConnection(sslproto.SSLProtocol):
         if self._aborted:
             transport.abort()
             return
+        self._listener.begins(self)
         # What may have come and not be decrypted, while what came before waits for its turn (`http2`). A record that is not whole
         # is shorter than the lower one, or the rest of it would never be read.
         cast("Any", self)._set_read_buffer_limits(4 * self.max_size, 2 * self.max_size)
@@ -212,20 +217,6 @@ class TlsConnection(sslproto.SSLProtocol):
         self._listener.left(self)
 
 
-async def stop_accepting(server: asyncio.Server) -> None:
-    """Close the listening sockets, and no connection with them.
-
-    asyncio makes the transport of what it has accepted in the next turn of the loop, and of none once its server is closed: such a
-    socket would be left to the garbage collector, and so would its TLS.
-    """
-    for listening in server.sockets:
-        asyncio.get_running_loop().remove_reader(listening.fileno())
-    try:
-        await asyncio.sleep(0)
-    finally:
-        server.close()
-
-
 def verified_chain(connection: Any) -> list[bytes]:
     """The peer's certificates, leaf first, up to the CA that it was accepted by, DER; public in Python from 3.13 on."""
     if hasattr(connection, "get_verified_chain"):
@@ -243,11 +234,3 @@ def reason_of(exc: BaseException | type[BaseException]) -> str:
     if isinstance(exc, ConnectionError) or exc is ConnectionResetError:
         return "the client closed the connection: it may not accept the server's certificate"
     return str(exc)
-
-
-def address_of(peername: Any) -> str:
-    """HOST:PORT of a socket's peer name, for messages."""
-    if not isinstance(peername, tuple):
-        return "an unknown address"
-    host, port = peername[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

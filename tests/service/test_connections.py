@@ -62,6 +62,7 @@ async def test_of_the_handshakes_too_many_the_oldest_gives_way(tmp_path: Path, c
         text.endswith("there are 2 handshakes, and this one has lasted the longest (max_pending_handshakes)")
         for text in caplog.messages
     )
+    assert not any("an unknown address" in text for text in caplog.messages)
 
 
 async def test_peers_that_come_and_go_leave_nothing(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ class Scrapes:
 
     def _metrics(self) -> bytes:
         """As they are now, or were a moment ago where many ask."""
-        if not self._last or not self._fresh.take():
+        if not self._fresh.take() or not self._last:
             self._last = generate_latest(self._registry)
         return self._last
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from jobrunner.errors import InternalError
+from jobrunner.errors import InternalError, JobRunnerError
 from jobrunner.job import EndReason, Gap, JobInfo, JobSpec, Stream
 from jobrunner.stdio import STDERR, STDOUT, OutputClosed, OutputFailed
 from jobrunner_cli.exitcodes import INTERRUPTED, job_exit_code
@@ -34,12 +34,24 @@ UNFINISHED = 0.2
 
 
 async def copy_output(reader: OutputReader, stamper: Stamper | None = None) -> End:
-    """Write all that a reader gives, with stamps if there is a stamper; returns when it is written.
+    """Write all that a reader gives, with stamps if there is a stamper; returns, or raises the reader's error, when it is written.
 
     Gaps are told on standard error.
     """
     _keep_heap()
     writer = OutputWriter()
+    try:
+        await _copy(reader, writer, stamper)
+    except JobRunnerError:  # what came before it is output all the same
+        await _finish(writer, stamper)
+        raise
+    await _finish(writer, stamper)
+    if reader.end is None:
+        raise InternalError("cannot read log: it stopped without its end")
+    return reader.end
+
+
+async def _copy(reader: OutputReader, writer: OutputWriter, stamper: Stamper | None) -> None:
     async with reader:
         while (part := await _next(reader, writer, stamper)) is not None:
             if isinstance(part, Gap):
@@ -50,11 +62,11 @@ async def copy_output(reader: OutputReader, stamper: Stamper | None = None) -> E
                 await writer.write(FD[part.stream], part.data)
             else:
                 await _write(writer, stamper.feed(part))
+
+
+async def _finish(writer: OutputWriter, stamper: Stamper | None) -> None:
     await _write(writer, stamper.finish() if stamper is not None else ())
     await writer.drain()
-    if reader.end is None:
-        raise InternalError("cannot read log: it stopped without its end")
-    return reader.end
 
 
 async def _next(reader: OutputReader, writer: OutputWriter, stamper: Stamper | None) -> Chunk | Gap | None:

@@ -4,7 +4,8 @@ One task per reader receives ahead of the caller, at most PREFETCH bytes; so `ne
 cancels its wait loses nothing. What is received and not yet taken is all that a reader holds: HTTP/2's window does the rest.
 
 A subscription that breaks off is followed by another one from the offset after the last byte received (`resume`). A caller that
-reads nothing for long has its subscription ended by the server; when it reads on there is another one, without a word.
+reads nothing for long has its subscription ended by the server; when it reads on there is another one, without a word. What a
+server sends that cannot come next is an error, and not shown (`sequence`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from grpclib.client import Stream as Call
 
 from jobrunner.client.errors import translated
 from jobrunner.client.resume import Attempts
+from jobrunner.client.sequence import Sequence
 from jobrunner.errors import InternalError, JobRunnerError, LimitReached, WouldBlock
 from jobrunner.output import Begin, Chunk, End, OutputReader, Selection
 from jobrunner.wire import messages as pb
@@ -55,9 +57,7 @@ class ClientOutputReader(OutputReader):
         self._connection = connection
         self._call = call
         self._selection = selection
-        self._begin: Begin | None = None
-        self._received_to: int | None = None
-        """The offset after the last byte or gap received; None before the first."""
+        self._sequence = Sequence(job_id, selection)
         self._parts: deque[Chunk | Gap] = deque()
         self._held = 0
         self._last: End | JobRunnerError | None = None
@@ -114,13 +114,13 @@ class ClientOutputReader(OutputReader):
         attempts = Attempts(self._connection, self._channel)
         try:
             while self._last is None:
-                before = self._received_to
+                before = self._sequence.received_to
                 try:
                     await self._subscribe(attempts)
                 except LimitReached as exc:
                     if exc.retry_after:
                         await asyncio.sleep(exc.retry_after * random.uniform(1.0, 1.5))
-                    elif self._received_to == before:  # a bound that has nothing to do with how slowly we read
+                    elif self._sequence.received_to == before:  # a bound that has nothing to do with how slowly we read
                         raise
                 except JobRunnerError as exc:
                     await attempts.again(exc)
@@ -144,11 +144,13 @@ class ClientOutputReader(OutputReader):
             while (message := await _message(call)) is not None:
                 part = decode_output(message)
                 attempts.progress()
+                if part is not None:
+                    self._sequence.take(part)
                 if isinstance(part, End):
                     self._last = part
                     self._changed.set()
                 elif isinstance(part, Begin):
-                    self._begin_at(part)
+                    self.offset = max(self.offset, part.offset)
                 elif part is not None:
                     await self._put(part)
             # Asked for by hand: on its way out grpclib skips the trailers, and with them a status that is not OK, if the
@@ -160,20 +162,15 @@ class ClientOutputReader(OutputReader):
 
     def _rest(self) -> Selection:
         """What is still to be asked for. `since` until something has come: it may be a time that is still to come."""
-        if self._received_to is not None:
-            return replace(self._selection, offset=self._received_to, tail=None, since=None)
-        if self._begin is not None:
-            return replace(self._selection, offset=self._begin.offset, tail=None)
+        sequence = self._sequence
+        if sequence.received_to is not None:
+            return replace(self._selection, offset=sequence.received_to, tail=None, since=None)
+        if sequence.begin is not None:
+            return replace(self._selection, offset=sequence.begin.offset, tail=None)
         return self._selection
 
-    def _begin_at(self, begin: Begin) -> None:
-        if self._begin is None:
-            self._begin = begin
-            self.offset = begin.offset
-
     async def _put(self, part: Chunk | Gap) -> None:
-        self._received_to = _next_offset(part)
-        wanted = self._wanted(part) if isinstance(part, Chunk) and self._begin is not None else part
+        wanted = self._wanted(part) if isinstance(part, Chunk) else part
         if wanted is None:
             return
         self._parts.append(wanted)
@@ -185,8 +182,8 @@ class ClientOutputReader(OutputReader):
 
     def _wanted(self, chunk: Chunk) -> Chunk | None:
         """Without what comes before the last lines of its stream, which a subscription from an offset gives too."""
-        assert self._begin is not None
-        before = self._begin.of(chunk.stream) - chunk.offset
+        begin = self._sequence.begin
+        before = begin.of(chunk.stream) - chunk.offset if begin is not None else 0
         if before <= 0:
             return chunk
         return replace(chunk, data=chunk.data[before:], offset=chunk.offset + before) if before < len(chunk.data) else None

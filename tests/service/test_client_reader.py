@@ -12,7 +12,7 @@ from grpclib.exceptions import GRPCError
 from jobrunner import Gap, JobRunnerError, Stream, WouldBlock
 from jobrunner.client.reader import PREFETCH
 from jobrunner.errors import InternalError, JobNotFound, OffsetOutOfRange, Unavailable
-from jobrunner.output import Chunk, End
+from jobrunner.output import Begin, Chunk, End, OutputReader
 from jobrunner.wire.convert import output_to_wire
 from jobrunner.wire.status import error_to_wire
 from tests.support.http2 import framed
@@ -29,7 +29,7 @@ def chunk(data: bytes, offset: int, stream: Stream = Stream.STDOUT) -> Chunk:
     return Chunk(stream, data, offset, 1.5)
 
 
-def sends(*parts: Chunk | Gap | End) -> Any:
+def sends(*parts: Chunk | Gap | Begin | End) -> Any:
     """An answer that sends these and ends with OK."""
 
     async def answer(stream: Output) -> None:
@@ -292,3 +292,75 @@ async def test_what_a_server_may_say_besides_is_passed_over(tmp_path: Path) -> N
     with anyio.fail_after(10):
         async with peer_client(tmp_path, output=answer) as (client, _), client.get(JOB).log() as reader:
             assert [part async for part in reader] == [chunk(b"abc", 0)]
+
+
+ERR = Stream.STDERR
+BROKEN: dict[str, tuple[dict[str, Any], list[Chunk | Gap | Begin | End], str]] = {
+    "twice": ({}, [chunk(b"abc", 0), chunk(b"abc", 0)], "bytes at 0 after those before 3"),
+    "in-part-twice": ({}, [chunk(b"abc", 0), chunk(b"cd", 2)], "bytes at 2 after those before 3"),
+    "hole": ({}, [chunk(b"abc", 0), chunk(b"e", 4)], "bytes at 4 where 3 was next"),
+    "hole-at-the-beginning": ({}, [chunk(b"b", 1)], "bytes at 1 where 0 was next"),
+    "before-the-offset": ({"offset": 5}, [chunk(b"abc", 0)], "bytes at 0 after those before 5"),
+    "past-the-offset": ({"offset": 5}, [chunk(b"abc", 1 << 61)], f"bytes at {1 << 61} where 5 was next"),
+    "gap-backwards": ({}, [chunk(b"abc", 0), Gap(1, 9, "dropped")], "a gap at 1 after those before 3"),
+    "gap-of-nothing": ({}, [chunk(b"abc", 0), Gap(3, 2, "dropped")], "a gap from 3 to 2"),
+    "gap-ahead": ({}, [chunk(b"abc", 0), Gap(4, 9, "dropped")], "a gap at 4 where 3 was next"),
+    "after-a-gap": ({}, [Gap(0, 9, "dropped"), chunk(b"abc", 9)], "bytes at 9 after those before 10"),
+    "end-too-far": ({}, [chunk(b"abc", 0), End(4)], "its end at 4 where 3 was next"),
+    "end-too-soon": ({}, [chunk(b"abc", 0), End(2)], "its end at 2 after those before 3"),
+    "end-of-another": ({"offset": 9}, [End(3)], "its end at 3 after those before 9"),
+    "other-stream": ({"streams": {ERR}}, [chunk(b"abc", 0)], "stdout was not asked for"),
+    "one-stream-twice": ({"streams": {ERR}}, [chunk(b"a", 9, ERR), chunk(b"a", 9, ERR)], "bytes at 9 after those before 10"),
+    "begin-unasked": ({}, [Begin(9, 9, 9)], "a beginning at 9 that was not asked for"),
+    "begin-late": ({"since": 1.0}, [chunk(b"a", 0), Begin(0, 0, 0)], "a beginning at 0 that was not asked for"),
+    "begin-backwards": ({"since": 1.0, "offset": 9}, [Begin(3, 3, 3)], "a beginning at 3 that was not asked for"),
+    "begin-after-its-streams": ({"tail": 1}, [Begin(5, 4, 9)], "a beginning at 5 that was not asked for"),
+    "tail-hole": ({"tail": 1}, [Begin(2, 2, 5), chunk(b"a", 6)], "bytes at 6 where 2 was next"),
+    "since-twice": ({"since": 1.0}, [Begin(2, 2, 2), chunk(b"a", 6), chunk(b"b", 6)], "bytes at 6 after those before 7"),
+}
+
+
+async def show(reader: OutputReader, shown: list[Chunk | Gap]) -> None:
+    async for part in reader:
+        shown.append(part)  # noqa: PERF401 - what comes before an error counts
+
+
+@pytest.mark.parametrize("case", BROKEN)
+async def test_what_cannot_come_next_is_an_error_and_nothing_of_it_is_shown(tmp_path: Path, case: str) -> None:
+    asked, parts, told = BROKEN[case]
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=sends(*parts, chunk(b"more", 1 << 40))) as (client, _):
+            shown: list[Chunk | Gap] = []
+            async with client.get(JOB).log(**asked) as reader:
+                with pytest.raises(InternalError, match=f"cannot read log of job {JOB}: the server has sent {told}, at offset"):
+                    await show(reader, shown)
+            assert shown == [part for part in parts[:-1] if isinstance(part, Chunk | Gap)]
+            assert reader.end is None
+
+
+async def test_what_comes_after_the_end_is_not_shown(tmp_path: Path) -> None:
+    parts: list[Chunk | End] = [chunk(b"abc", 0), End(3), chunk(b"more", 3)]
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=sends(*parts)) as (client, _), client.get(JOB).log() as reader:
+            assert [part async for part in reader] == parts[:1]
+            assert reader.end == End(3)
+
+
+RIGHT: dict[str, tuple[dict[str, Any], list[Chunk | Gap | Begin | End]]] = {
+    "one-stream": ({"streams": {ERR}}, [chunk(b"a", 5, ERR), Gap(9, 11, "lost"), chunk(b"b", 12, ERR), End(99)]),
+    "tail": ({"tail": 1}, [Begin(2, 2, 5), chunk(b"out", 2), chunk(b"err", 5, ERR), End(8)]),
+    "tail-of-two-places": ({"tail": 1}, [Begin(2, 2, 9), chunk(b"o", 2), chunk(b"e", 9, ERR), End(10)]),
+    "since": ({"since": 1.0}, [Begin(2, 2, 2), chunk(b"a", 6), chunk(b"b", 7), End(8)]),
+    "since-that-never-came": ({"since": 1.0}, [Begin(2, 2, 2), End(8)]),
+    "no-last-line": ({"tail": 0}, [Begin(8, 8, 8), End(8)]),
+    "nothing": ({}, [End(0)]),
+}
+
+
+@pytest.mark.parametrize("case", RIGHT)
+async def test_what_may_come_next_is_shown(tmp_path: Path, case: str) -> None:
+    asked, parts = RIGHT[case]
+    with anyio.fail_after(10):
+        async with peer_client(tmp_path, output=sends(*parts)) as (client, _), client.get(JOB).log(**asked) as reader:
+            assert [part async for part in reader] == [part for part in parts if isinstance(part, Chunk | Gap)]
+            assert reader.end == parts[-1]

@@ -44,6 +44,8 @@ def cut_chunk(
         record = segment.record(number + 1, nowait)
         if record is None or (record.kind, record.stream) != (DATA, first.stream) or record.time_ns >= before:
             break
+        if record.size is not None and record.end - record.size != last.end:
+            break
         number, last = number + 1, record
     stop = min(last.end, border)
     data = segment.data(offset, stop - offset, nowait)

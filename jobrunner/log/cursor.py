@@ -18,7 +18,7 @@ from jobrunner.errors import HostError, JobNotFound
 from jobrunner.job import Gap
 from jobrunner.log import position
 from jobrunner.log.chunks import BLOCK, MERGE_NS, ChunkCache, cut_chunk
-from jobrunner.log.segments import DATA, END, GAP, STREAMS, Record, Segment, list_segments
+from jobrunner.log.segments import DAMAGED, DATA, END, GAP, STREAMS, Record, Segment, list_segments
 from jobrunner.output import Begin, Chunk, Selection
 
 __all__ = ["Cursor", "Step"]
@@ -58,6 +58,8 @@ class Cursor:
         self._directory = directory
         self._cache = cache
         self._selection = selection
+        self.hole = False
+        """Whether damaged records were passed over, and nothing has told yet what they covered."""
         self._segment: Segment | None = None
         self._number = 0
 
@@ -141,10 +143,13 @@ class Cursor:
         self.close()
         self._segment, self._number = segment, 0
         record = segment.record(0, nowait=False) if first < segment.base else None
+        if record is not None and record.kind == DAMAGED:
+            record = None
         if first >= segment.base or (record is not None and self._is_too_early(record)):
             return Step.MOVED
         if record is None or record.kind != GAP:
-            return Gap(first, segment.base - 1, "dropped")
+            self.since = None  # what was told as missing may be of that time, and so is all after it
+            return Gap(first, segment.base - 1, "lost" if self.hole else "dropped")
         if first < record.end - record.lost:
             # Segments were dropped that stood before the bytes that the record tells: those first, these when we come again.
             self.offset = record.end - record.lost
@@ -163,13 +168,19 @@ class Cursor:
         if record is None:
             return self._leave(segment, nowait)
         if record.kind == END:
-            return Step.END
+            return self._lost_before(record) or Step.END
         if self.stop is not None and self.offset >= self.stop:
             return Step.UNTIL
+        if record.kind == DAMAGED:
+            self.hole, self._number = True, self._number + 1
+            return Step.MOVED
+        first, start = self.offset, self._start(record)
+        self.hole = False
+        if start > first and not self._is_too_early(record):
+            self.offset = start
+            return Gap(first, start - 1, "lost")
         if self.until is not None and record.kind == DATA and record.time_ns >= self.until:
             return Step.UNTIL
-        if record.end > self.offset and (record.kind != DATA or record.stream not in STREAMS):
-            return self._miss(segment, record)  # it is damaged: what it covers is nobody's
         if not self._is_wanted(record):
             self.offset, self._number = max(self.offset, record.end), self._number + 1
             return Step.MOVED
@@ -181,10 +192,24 @@ class Cursor:
         self.offset, self._number = chunk.next_offset, number
         return chunk
 
+    def _lost_before(self, end: Record) -> Gap | None:
+        """What damaged records covered that are the last before the end."""
+        first = self.offset
+        if not self.hole or not end.lost or end.end <= first:
+            return None
+        self.offset = end.end
+        return Gap(first, end.end - 1, "lost")
+
+    def _start(self, record: Record) -> int:
+        """Where a record's bytes begin. One that does not say takes up those before it, unless these were nobody's."""
+        if record.size is not None:
+            return record.end - record.size
+        return record.end if self.hole else min(self.offset, record.end)
+
     def _is_wanted(self, record: Record) -> bool:
-        stream = STREAMS.get(record.stream)
-        if record.kind != DATA or stream not in self._selection.streams or self._is_too_early(record):
+        if record.kind != DATA or STREAMS[record.stream] not in self._selection.streams or self._is_too_early(record):
             return False
+        stream = STREAMS[record.stream]
         # Not after the offset: a reader ahead of the live end, that was overtaken while it looked for its place.
         return record.end > max(self.offset, self.begin.of(stream) if self.begin else 0)
 

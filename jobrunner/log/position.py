@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 
 from jobrunner.job import Stream
-from jobrunner.log.segments import DATA, STREAMS, Segment, last_end, list_segments
+from jobrunner.log.segments import DAMAGED, DATA, STREAMS, Segment, last_end, list_segments
 from jobrunner.output import Begin, Selection
 
 __all__ = ["begin", "nanoseconds"]
@@ -141,6 +141,8 @@ def _pieces(
         with closing(segment):
             window = _Window(segment)
             for first, record in segment.backwards():
+                if record.kind == DAMAGED:
+                    continue
                 if record.end < at:
                     scan.gap()
                 at = min(at, first)

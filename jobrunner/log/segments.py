@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,10 @@ from typing import NamedTuple
 from jobrunner.job import Stream
 
 RECORD = struct.Struct("<QqIIQ")
-DATA, GAP, END = 1, 2, 3
+DAMAGED, DATA, GAP, END = 0, 1, 2, 3
+"""Kinds. The first is of no record on disk: what one that is damaged becomes when it is read."""
+CHECKED = 28
+"""Bytes of a record that its checksum is of."""
 STREAMS = {1: Stream.STDOUT, 2: Stream.STDERR}
 INDEX_PAGE = 128
 """Index records read at once: 4 KiB."""
@@ -38,6 +42,11 @@ class Record(NamedTuple):
     kind: int
     stream: int
     lost: int
+
+    @property
+    def size(self) -> int | None:
+        """Bytes that a record of data covers. None: one of a shim that did not say, and they begin where those before end."""
+        return self.lost & 0xFFFFFFFF if self.kind == DATA and self.lost else None
 
     @property
     def gap_reason(self) -> str:
@@ -79,6 +88,22 @@ def _read_nowait(fd: int, size: int, offset: int) -> bytes:
     return bytes(memoryview(buffer)[:count])
 
 
+def parse_records(raw: bytes, number: int, base: int) -> list[Record]:
+    """The whole records in these bytes, the first of which has this number in its index; damaged ones are told as such."""
+    records = list(map(Record._make, RECORD.iter_unpack(raw[: len(raw) - len(raw) % RECORD.size])))
+    for at, record in enumerate(records):
+        _, _, kind, stream, lost = record
+        if kind == GAP:
+            whole = not number + at and record.end == base and 0 < lost <= base
+        else:
+            known = (kind == DATA and stream in STREAMS) or (kind == END and not stream)
+            checked = raw[at * RECORD.size : at * RECORD.size + CHECKED]
+            whole = known and (not lost or zlib.crc32(checked) == lost >> 32)
+        if not whole:
+            records[at] = record._replace(kind=DAMAGED)
+    return records
+
+
 class Segment:
     """One open segment: its two files, and the page of index records last read."""
 
@@ -107,11 +132,14 @@ class Segment:
         position = number - self._page_start
         if not 0 <= position < len(self._page):
             raw = read_at(self._index, INDEX_PAGE * RECORD.size, number * RECORD.size, nowait)
-            whole = len(raw) - len(raw) % RECORD.size
-            self._page = list(map(Record._make, RECORD.iter_unpack(raw[:whole])))
+            self._page = parse_records(raw, number, self.base)
             self._page_start, position = number, 0
         record = self._page[position] if self._page else None
-        return record if record is not None and record.kind else None
+        return None if record is None or (record.kind == DAMAGED and number >= self.records()) else record
+
+    def last(self) -> Record | None:
+        """The last record that is not damaged."""
+        return next((record for _, record in self.backwards() if record.kind != DAMAGED), None)
 
     def records(self) -> int:
         """How many whole records the index has now. Zeros at its end are none: a host without power had made room for them."""
@@ -121,11 +149,11 @@ class Segment:
         return count
 
     def find(self, offset: int, nowait: bool) -> int:
-        """The number of the first record that ends after `offset`; the count of records if none does yet."""
+        """The number of the first record that ends after `offset`, the count of records if none does; of damaged ones before it."""
         return self._bisect(lambda record: record.end > offset, nowait)
 
     def find_time(self, time_ns: int) -> int:
-        """The number of the first record of this time or later; the count of records if there is none.
+        """The number of the first record of this time or later, the count of records if there is none; of damaged ones before it.
 
         Where the clock was set back in between, a record of this time or later with an earlier one before it.
         """
@@ -134,13 +162,20 @@ class Segment:
     def _bisect(self, reached: Callable[[Record], bool], nowait: bool) -> int:
         low, high = 0, self.records()
         while low < high:
-            middle = (low + high) // 2
-            raw = read_at(self._index, RECORD.size, middle * RECORD.size, nowait)
-            if reached(Record(*RECORD.unpack(raw))):
-                high = middle
+            middle = number = (low + high) // 2
+            while (record := self._read(number, nowait)).kind == DAMAGED and number > low:
+                number -= 1
+            if record.kind != DAMAGED and reached(record):
+                high = number
             else:
                 low = middle + 1
+        while low and self._read(low - 1, nowait).kind == DAMAGED:
+            low -= 1
         return low
+
+    def _read(self, number: int, nowait: bool) -> Record:
+        """One that is there."""
+        return parse_records(read_at(self._index, RECORD.size, number * RECORD.size, nowait), number, self.base)[0]
 
     def backwards(self) -> Iterator[tuple[int, Record]]:
         """What the index has now from its end on, a page at a time: each record with the offset of its first byte."""
@@ -150,9 +185,13 @@ class Segment:
             # With the record before the page: where it ends, the page's first begins.
             before = min(start, 1)
             raw = read_at(self._index, (stop - start + before) * RECORD.size, (start - before) * RECORD.size, nowait=False)
-            page = list(map(Record._make, RECORD.iter_unpack(raw)))
+            page = parse_records(raw, start - before, self.base)
             for number in range(len(page) - 1, before - 1, -1):
-                yield (page[number - 1].end if number else self.base), page[number]
+                record = page[number]
+                if record.kind == DATA and record.size is None:
+                    yield (page[number - 1].end if number else self.base), record
+                else:
+                    yield record.end - (record.size or 0), record
             stop = start
 
     def data_end(self) -> int:
@@ -176,8 +215,7 @@ def last_end(directory: Path) -> tuple[int, int]:
 def _last_end(directory: Path, bases: list[int]) -> int:
     for base in reversed(bases):
         with contextlib.closing(Segment(directory, base)) as segment:
-            count = segment.records()
-            record = segment.record(count - 1, nowait=False) if count else None
+            record = segment.last()
         if record is not None:
             return record.end
     return bases[0]

@@ -12,18 +12,6 @@
 
 static int file = -1;
 
-/* CRC-32 of IEEE 802.3, bit by bit: it is taken three times in a job's life. */
-static uint32_t crc32_of(const void *data, size_t size)
-{
-	uint32_t crc = UINT32_MAX;
-	for (const uint8_t *at = data; size--; at++) {
-		crc ^= *at;
-		for (int bit = 0; bit < 8; bit++)
-			crc = crc >> 1 ^ (crc & 1 ? 0xedb88320 : 0);
-	}
-	return ~crc;
-}
-
 /* 0 or errno. */
 static int put(struct exit_record *record)
 {

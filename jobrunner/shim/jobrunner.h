@@ -95,6 +95,7 @@ bool say(int fd, const struct report *report);
 bool hear(int fd, struct report *report);
 bool write_all(int fd, const void *data, size_t size);
 bool copy_all(int from, int to);
+uint32_t crc32_of(const void *data, size_t size);
 pid_t spawn(uint64_t flags, int cgroup2, int *pidfd);
 int spawn_failed(int cgroup2, const char *path, const char *what, struct report *why);
 int enter_cgroups(const int *tasks, char const *const *paths, int count, struct report *why);
@@ -169,7 +170,10 @@ struct index_record {
 	uint64_t end;
 	int64_t real_ns;
 	uint32_t kind, stream;
-	uint64_t lost;
+	union {
+		uint64_t lost;				/* of a gap */
+		struct { uint32_t size, checksum; };	/* of all others */
+	};
 };
 _Static_assert(sizeof(struct index_record) == 32, "docs/formats.md, Log");
 

@@ -63,9 +63,12 @@ static void grow(size_t size)
 	retention_grow(size);
 }
 
-static int put_record(uint64_t end, int64_t real_ns, uint32_t kind, uint32_t stream, uint64_t lost)
+/* `bytes` that a gap has lost, or that a record of data covers. */
+static int put_record(uint64_t end, int64_t real_ns, uint32_t kind, uint32_t stream, uint64_t bytes)
 {
-	struct index_record record = {end, real_ns, kind, stream, lost};
+	struct index_record record = {end, real_ns, kind, stream, {bytes}};
+	if (kind != GAP)
+		record.checksum = crc32_of(&record, offsetof(struct index_record, checksum));
 	ssize_t n = write(out.index, &record, sizeof record);
 	if (n == (ssize_t)sizeof record)
 		return 0;
@@ -171,7 +174,7 @@ static size_t put(enum stream stream, const char *data, size_t size, int64_t rea
 	}
 	ssize_t n = write(out.data, data, room);
 	size_t written = n > 0 ? (size_t)n : 0;
-	if (written && put_record(out.offset + written, real_ns, DATA, stream, 0) != 0) {
+	if (written && put_record(out.offset + written, real_ns, DATA, stream, written) != 0) {
 		take_back(written);
 		return 0;
 	}

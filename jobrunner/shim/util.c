@@ -68,6 +68,18 @@ bool copy_all(int from, int to)
 	return n == 0;
 }
 
+/* CRC-32 of IEEE 802.3, bit by bit: it is taken of a few bytes, beside system calls. */
+uint32_t crc32_of(const void *data, size_t size)
+{
+	uint32_t crc = UINT32_MAX;
+	for (const uint8_t *at = data; size--; at++) {
+		crc ^= *at;
+		for (int bit = 0; bit < 8; bit++)
+			crc = crc >> 1 ^ (crc & 1 ? 0xedb88320 : 0);
+	}
+	return ~crc;
+}
+
 bool say(int fd, const struct report *report)
 {
 	return write_all(fd, report, sizeof *report);

@@ -17,7 +17,7 @@ from jobrunner.log.cursor import PASSES
 from jobrunner.log.segments import DATA, RECORD, Record
 from jobrunner.output import MAX_LINE, Chunk, Line, OutputReader, Selection
 from tests.library.test_log_reader import Owner, collect, open_log, text
-from tests.support.logwriter import LogWriter
+from tests.support.logwriter import LogWriter, pack
 from tests.support.timing import fail_after
 
 MS = 1_000_000
@@ -28,6 +28,7 @@ ENDS = ("é\n", "€\r\n", "😀\r\n", "\r\n", "\n", "\0\n", "e\u0301\r\n")
 
 async def read(writer: LogWriter, **selection: object) -> list[Chunk | Gap]:
     owner = Owner()
+    owner.log_end = writer.offset
     owner.end()
     with open_log(writer.directory, owner) as log:
         return await collect(log.reader(Selection(**selection)))  # type: ignore[arg-type]
@@ -140,7 +141,7 @@ def many_of_stdout(directory: Path, count: int) -> LogWriter:
     """A log of so many records of stdout, a byte each, and one of stderr at its end."""
     writer = LogWriter(directory / "log", segment_bytes=1 << 40)
     writer.append(writer.data, b"x" * count)
-    records = (RECORD.pack(end, writer.clock + end, DATA, 1, 0) for end in range(1, count + 1))
+    records = (pack(end, writer.clock + end, DATA, 1, 1) for end in range(1, count + 1))
     writer.append(writer.index, b"".join(records))
     writer.offset, writer.clock = count, writer.clock + count
     writer.write("stderr", b"last")
@@ -230,7 +231,8 @@ async def test_a_log_that_was_removed_before_it_is_read_is_not_found(tmp_path: P
 async def test_a_damaged_record_hides_nothing_silently_and_holds_nobody_up(
     tmp_path: Path, damage: dict[str, int], number: int, last: bool
 ) -> None:
-    writer = LogWriter(tmp_path / "log")
+    """Of a shim whose records have no checksum."""
+    writer = LogWriter(tmp_path / "log", checked=False)
     writer.write("stderr", b"first\n" * 9)
     writer.new_segment()
     for line in range(6):
@@ -247,8 +249,8 @@ async def test_a_damaged_record_hides_nothing_silently_and_holds_nobody_up(
         for part in await read(writer, follow=False, **selection):
             first, at = at, part.last + 1 if isinstance(part, Gap) else part.next_offset
             assert first == (part.first if isinstance(part, Gap) else part.offset) and first < at
-        assert at >= writer.offset or (damage, number, last) == ({"end": 0}, 5, True), "the last record alone says where a log ends"
-        assert at == writer.offset or last
+        assert at == writer.offset or last, "the last record alone says where a log ends"
+        assert at >= writer.offset
     for streams in (frozenset(Stream), frozenset({Stream.STDERR})):
         await read(writer, tail=400, streams=streams)
         assert all(part.first <= part.last for part in await read(writer, streams=streams) if isinstance(part, Gap))

@@ -28,6 +28,7 @@ class Owner:
 
     def __init__(self) -> None:
         self.job_id = "0123456789ab"
+        self.log_end = 0
         self._ended = asyncio.Event()
 
     @property
@@ -38,7 +39,7 @@ class Owner:
         self._ended.set()
 
     def info(self) -> JobInfo:
-        return JobInfo(self.job_id, JobStatus.COMPLETED if self.ended else JobStatus.RUNNING, "test")
+        return JobInfo(self.job_id, JobStatus.COMPLETED if self.ended else JobStatus.RUNNING, "test", log_end=self.log_end)
 
     async def wait(self) -> JobInfo:
         await self._ended.wait()

@@ -78,13 +78,17 @@ async def test_a_stream_that_stops_without_its_end_is_an_error(tmp_path: Path) -
 
 
 async def test_a_connection_that_is_lost_is_an_error_that_tells_where_to_go_on(tmp_path: Path) -> None:
+    received = anyio.Event()
+
     async def answer(stream: Output) -> None:
         await stream.send_message(output_to_wire(chunk(b"abc", 0)))
+        await received.wait()
         stream._stream._transport.abort()
 
     with anyio.fail_after(10):
         async with peer_client(tmp_path, output=answer) as (client, _), client.get(JOB).log() as reader:
             assert await anext(reader) == chunk(b"abc", 0)
+            received.set()
             with pytest.raises(Unavailable, match="lost the connection to 127.0.0.1:"):
                 await anext(reader)
             assert reader.offset == 3

@@ -123,8 +123,13 @@ class ShimJob:
         found = []
         for base in self.segments():
             raw = (self.log / f"{base:016x}.idx").read_bytes()
-            whole = len(raw) - len(raw) % INDEX.size
-            found += [IndexRecord(base, *values) for values in INDEX.iter_unpack(raw[:whole])]
+            before = base
+            for at in range(0, len(raw) - len(raw) % INDEX.size, INDEX.size):
+                end, moment, kind, stream, lost = INDEX.unpack_from(raw, at)
+                if kind != GAP:
+                    assert lost == (end - before) | zlib.crc32(raw[at : at + 28]) << 32, "size and checksum"
+                found.append(IndexRecord(base, end, moment, kind, stream, lost if kind == GAP else 0))
+                before = end
         return found
 
     def output(self, stream: int = 0) -> bytes:

@@ -34,6 +34,7 @@ from jobrunner.linux.cgroup import CgroupHost, JobCgroup, detect
 from jobrunner.linux.host import host_facts
 from jobrunner.linux.inotify import Inotify
 from jobrunner.linux.seccomp import compile_filter
+from jobrunner.linux.subids import SubIds
 from jobrunner.log import ChunkCache
 from jobrunner.record import JobRecord
 from jobrunner.retention import Retention
@@ -53,7 +54,9 @@ REACH_AGAIN = 1.0
 class JobRunner:
     """The jobs of one state directory. Make it with `open`."""
 
-    def __init__(self, config: RunnerConfig, state: StateDir, cgroups: CgroupHost, inotify: Inotify, calls: bytes) -> None:
+    def __init__(
+        self, config: RunnerConfig, state: StateDir, cgroups: CgroupHost, inotify: Inotify, calls: bytes, ids: SubIds | None = None
+    ) -> None:
         self.config = config
         self.state = state
         self.cgroups = cgroups
@@ -61,7 +64,9 @@ class JobRunner:
         self.calls = calls
         self.defaults = places.defaults(config, state.projects)
         """Of jobs' limits: the configured ones, and what this host adds."""
-        keeper, *uids = split(*config.job_uids)
+        self.ids = ids
+        """Of jobs, where this process is not root and has some to give."""
+        keeper, *uids = split(ids.first, ids.count) if ids else split(*config.job_uids)
         self.identities = Identities(*uids)
         self.looks = places.Looks()
         self.walks = anyio.CapacityLimiter(8)
@@ -96,14 +101,15 @@ class JobRunner:
         """
         await anyio.to_thread.run_sync(sandbox.check_host, config)
         calls = await anyio.to_thread.run_sync(compile_filter)
+        ids = await anyio.to_thread.run_sync(sandbox.own_ids, config)
         with (
             contextlib.closing(StateDir(config.state_dir.resolve(), config.project_ids)) as state,
             contextlib.closing(Inotify()) as inotify,
         ):
             cgroups = detect(config.cgroup_parent, sandbox.base_name(state.path))
             with contextlib.closing(cgroups):
-                sandbox.check_limits(config, cgroups)
-                runner = cls(config, state, cgroups, inotify, calls)
+                sandbox.check_limits(config, cgroups, ids is not None)
+                runner = cls(config, state, cgroups, inotify, calls, ids)
                 try:
                     await runner._recover()
                     if wait:

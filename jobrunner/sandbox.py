@@ -21,8 +21,9 @@ from jobrunner.config import RunnerConfig
 from jobrunner.errors import JobRunnerError, StartFailed
 from jobrunner.job import OutputPolicy, signal_number
 from jobrunner.launcher import Launcher
-from jobrunner.linux import check
+from jobrunner.linux import check, subids
 from jobrunner.linux.cgroup import CgroupHost, JobCgroup
+from jobrunner.linux.subids import SubIds
 from jobrunner.linux.user import identity, is_root
 from jobrunner.record import JobRecord
 from jobrunner.shim import binary_path
@@ -77,14 +78,23 @@ def check_host(config: RunnerConfig) -> None:
     check.refuse([*check.quick(needs(config)), check.workspaces(needs(config))])
 
 
-def check_limits(config: RunnerConfig, cgroups: CgroupHost) -> None:
+def own_ids(config: RunnerConfig) -> SubIds | None:
+    """The ids of jobs of a server that is not root; None if it is, or has none to give: `check` says why. Not on the loop."""
+    try:
+        return None if is_root() else subids.of_jobs(config.state_dir, config.job_uids)
+    except (LookupError, OSError) as exc:
+        logger.info("jobs have no uids of their own on the host: %s", exc)
+        return None
+
+
+def check_limits(config: RunnerConfig, cgroups: CgroupHost, own: bool) -> None:
     """HostError, in the words of `jobrunnerd check`, if the configured defaults cannot be applied: then no job could be started.
 
     What may be missing is told in the log.
     """
     findings = check.limits_apply(cgroups, needs(config))
     check.refuse(findings)
-    for what in (*(finding.what for finding in findings), *identity()):
+    for what in (*(finding.what for finding in findings), *identity(own)):
         logger.info("what jobs lack here: %s", what)
 
 
@@ -101,13 +111,14 @@ async def launch(
     config: RunnerConfig,
     calls: bytes,
     volumes: Sequence[VolumeMount] = (),
+    ids: SubIds | None = None,
 ) -> float:
     """Have the launcher run until the job's command has been executed; when that was, by the shim's clock, seconds since the epoch.
-    `calls` is the filter of system calls.
+    `calls` is the filter of system calls; `ids` has the job's uid where the server is not root and the job has one of its own.
 
     Raises StartFailed with the step that failed, and then no process is left; LauncherLost if nobody told.
     """
-    report = await launcher.run(pack_plan(_plan(record, cgroup, directory, config, calls, volumes)))
+    report = await launcher.run(pack_plan(_plan(record, cgroup, directory, config, calls, volumes, ids)))
     if report is None:
         raise LauncherLost(f'cannot start "{record.spec.command}": the launcher was killed')
     if not report.started:
@@ -125,6 +136,7 @@ def _plan(
     config: RunnerConfig,
     calls: bytes,
     volumes: Sequence[VolumeMount],
+    ids: SubIds | None,
 ) -> LaunchPlan:
     spec, limits = record.spec, record.limits
     return LaunchPlan(
@@ -149,6 +161,7 @@ def _plan(
         uid=record.uid,
         gid=record.gid,
         user_namespace=not is_root(),
+        id_helpers=ids.helpers if ids else None,
         user_name=spec.user or USER,
         show=() if spec.root else (*SHOW, *config.show),
         root=places.root_of(spec, config),

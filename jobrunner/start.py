@@ -33,6 +33,7 @@ from jobrunner.requests import request_key
 if TYPE_CHECKING:
     from jobrunner.handle import RunnerJob
     from jobrunner.linux.cgroup import JobCgroup
+    from jobrunner.linux.subids import SubIds
     from jobrunner.runner import JobRunner
 
 __all__ = ["Starts"]
@@ -116,9 +117,16 @@ class Starts:
             runner.workspaces.release(job_id)
             runner.identities.give_back(uid)
             raise
-        missing, work = (*cgroup.missing, *identity()), places.work_kind(limits, runner.state.projects)
+        missing, work = (
+            (*cgroup.missing, *identity(self._own_ids(spec) is not None)),
+            places.work_kind(limits, runner.state.projects),
+        )
         record = JobRecord(job_id, spec, limits, user, config.node, time.time(), mark, cgroup.paths, missing, uid, gid, work)
         return record, cgroup
+
+    def _own_ids(self, spec: JobSpec) -> SubIds | None:
+        """None for a job that has something that is kept: that is the server's user's own, and only root could map it to another."""
+        return None if spec.volumes or spec.workspace else self._runner.ids
 
     def _new_id(self) -> str:
         while True:
@@ -144,7 +152,14 @@ class Starts:
         try:
             mounts = await places.mounts(record, runner.config, runner.state, runner.workspaces, runner.looks)
             started = await sandbox.launch(
-                launcher, record, cgroup, runner.state.directory(record.job_id), runner.config, runner.calls, mounts
+                launcher,
+                record,
+                cgroup,
+                runner.state.directory(record.job_id),
+                runner.config,
+                runner.calls,
+                mounts,
+                self._own_ids(record.spec),
             )
         except (StartFailed, LimitReached):
             await self._undo(record, cgroup)

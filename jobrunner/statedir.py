@@ -23,9 +23,10 @@ from pathlib import Path
 from jobrunner.errors import HostError
 from jobrunner.identity import PROJECT_IDS
 from jobrunner.job import is_job_id
+from jobrunner.linux import subids
 from jobrunner.linux.quota import Projects
 from jobrunner.linux.tree import remove_tree, reown_empty, reown_tree
-from jobrunner.linux.user import give
+from jobrunner.linux.user import give, is_root
 from jobrunner.record import JobRecord, RecordError, pack_record, parse_record
 from jobrunner.shim.exitrecord import ExitRecord, is_newer, parse_exit
 from jobrunner.shim.stopfile import StopRequest, pack_stop, parse_stop
@@ -220,7 +221,7 @@ class StateDir:
     def reown(self, job_id: str) -> None:
         """What a settled job has left in its work directory becomes the server's: its uid can be another's then. OSError."""
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-            reown_tree(self.directory(job_id) / "work")
+            (reown_tree if is_root() else subids.take_over)(self.directory(job_id) / "work")
         self.unmark(job_id)
 
     def remove(self, *job_ids: str) -> None:
@@ -252,6 +253,8 @@ class StateDir:
         try:
             with self.projects.removing(path / "work"), self.projects.removing(path / "files"):
                 if path.is_dir() and not path.is_symlink():
+                    if not is_root() and self.owner(path) not in (0, os.geteuid()):
+                        subids.take_over(path / "work")
                     remove_tree(path)
                 else:
                     path.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from jobrunner.linux.remedies import of_step
 from jobrunner.linux.user import is_root
 from jobrunner.output import Chunk
 from jobrunner.runner import JobRunner
+from jobrunner.sandbox import own_ids
 from jobrunner.shim.launch import Report
 
 __all__ = ["run"]
@@ -68,7 +69,8 @@ async def _run(config: RunnerConfig) -> list[Finding]:
 @contextlib.contextmanager
 def _place(config: RunnerConfig) -> Iterator[RunnerConfig]:
     """The settings, for a runner that leaves those of a server alone: state directory, cgroup and uids are its own."""
-    first, count = config.job_uids
+    ids = own_ids(config)
+    first, count = (ids.first, ids.count) if ids else config.job_uids
     few = min(UIDS, count)
     there = existing(config.state_dir)
     with put_back() as parent, tempfile.TemporaryDirectory(prefix=".jobrunner-check-", dir=there) as directory:
@@ -129,7 +131,7 @@ async def _plain(runner: JobRunner) -> Finding:
     took = time.monotonic() - begun
     if info.exit_code != 0:
         return Finding(Level.MISSING, "job", f"one that was run: {info.message}", "see `jobrunnerd check` in a shell, and dmesg")
-    wrong = _untrue(await _output(job), job.record.uid)
+    wrong = _untrue(await _output(job), job.record.uid, is_root() or runner.ids is not None)
     if wrong:
         return Finding(Level.MISSING, "job", f"one that was run says of itself: {'; '.join(wrong)}", BUG)
     what = f"one was run in {took * 1000:.0f} ms: uid {job.record.uid}, no capability, filter set, a read-only root"
@@ -165,14 +167,14 @@ async def _output(job: RunnerJob) -> str:
         return b"".join([part.data async for part in reader if isinstance(part, Chunk)]).decode("utf-8", "replace")
 
 
-def _untrue(text: str, uid: int) -> list[str]:
+def _untrue(text: str, uid: int, own: bool) -> list[str]:
     """What /proc/self/status and /proc/self/mounts of the job do not say as they should (proc(5))."""
     status = dict(line.split(":", 1) for line in text.splitlines() if line.split(":", 1)[0].isalpha() and ":" in line)
     mounts = [line.split(" ") for line in text.splitlines() if line.startswith("/") or line.count(" ") == 5]
     ids = " ".join([str(uid)] * 4)
     expected = {"Uid": ids, "Gid": ids, "Groups": "", "NoNewPrivs": "1", "Seccomp": "2", **dict.fromkeys(CAPABILITY_SETS, NONE)}
-    if not is_root():
-        del expected["Groups"]  # only root can take the server's own user's away: user_namespaces(7)
+    if not own:
+        del expected["Groups"]  # the server's user's stay: user_namespaces(7)
     wrong = [
         f"{name} is {' '.join(status.get(name, 'not there').split()) or 'empty'}"
         for name, value in expected.items()

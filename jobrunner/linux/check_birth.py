@@ -49,6 +49,7 @@ def quick(needs: Needs) -> Iterator[Finding]:
         yield _job_uids(needs.job_uids)
     else:
         yield check_user.user()
+        yield check_user.job_uids(needs)
     yield _kernel()
     yield _seccomp()
     shim = _shim(needs.shim)

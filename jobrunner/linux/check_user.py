@@ -6,13 +6,18 @@ import errno
 import os
 from pathlib import Path
 
+from jobrunner.linux import subids
 from jobrunner.linux.cgroup_none import LIMITS, NoCgroupHost, counts_tasks
 from jobrunner.linux.finding import Finding, Level, Needs, number
 from jobrunner.linux.kernfs import remedy as of_cgroups
 
-__all__ = ["no_cgroups", "remedy", "user"]
+__all__ = ["job_uids", "no_cgroups", "remedy", "user"]
 
 SYSCTL = Path("/proc/sys")
+_OF_UIDS = (
+    "apt-get install uidmap, dnf install shadow-utils; then, with numbers that nobody else has in /etc/subuid: usermod "
+    "--add-subuids 100000-165535 --add-subgids 100000-165535 USER; systemd: no NoNewPrivileges=; docs/rootless.md"
+)
 _APPARMOR = (
     "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or a profile of AppArmor that lets jobrunner-shim have them: "
     "docs/rootless.md"
@@ -21,8 +26,22 @@ _APPARMOR = (
 
 def user() -> Finding:
     """For information: what a server that is not root does instead."""
-    what = f"effective user id {os.geteuid()}: jobs have user namespaces, and are this user's processes on the host"
-    return Finding(Level.LIMITED, "root", what, "for jobs with uids of their own start it with sudo; systemd: no User=")
+    what = f"effective user id {os.geteuid()}: jobs have user namespaces"
+    return Finding(
+        Level.LIMITED, "root", what, "for volumes and workspaces of others, and --user, start it with sudo; systemd: no User="
+    )
+
+
+def job_uids(needs: Needs) -> Finding:
+    """Whether jobs have uids of their own on the host. Tried, because the helpers are set-uid, and not everywhere allowed to be."""
+    try:
+        ids = subids.of_jobs(needs.state_dir, needs.job_uids)
+    except (LookupError, OSError) as exc:
+        groups = ", with its other groups" if set(os.getgroups()) - {os.getegid()} else ""
+        what = f"jobs are this user's own processes on the host, uid {os.geteuid()}{groups}: {exc}"
+        return Finding(Level.LIMITED, "job uids", what, _OF_UIDS)
+    what = f"{ids.first} to {ids.first + ids.count - 1}, of {subids.FILES[0]}; those with volumes or a workspace have this user's"
+    return Finding(Level.OK, "job uids", what)
 
 
 def remedy(step: str, error: int) -> str:

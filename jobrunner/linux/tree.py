@@ -61,7 +61,7 @@ def reown_empty(top: Path) -> bool:
 
 def _close(directory: int) -> None:
     os.fchown(directory, os.geteuid(), os.getegid())
-    os.fchmod(directory, stat.S_IMODE(os.fstat(directory).st_mode) & 0o700)
+    os.fchmod(directory, 0o700)
 
 
 def remove_tree(top: Path) -> None:

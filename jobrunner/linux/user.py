@@ -9,16 +9,22 @@ __all__ = ["give", "identity", "is_root"]
 
 
 def is_root() -> bool:
-    """Whether jobs can have uids of their own on this host."""
+    """Whether jobs can have any uid of this host's."""
     return os.geteuid() == 0
 
 
 def give(directory: Path, uid: int, gid: int) -> None:
-    """It becomes a job's. Without root it is that already: the job's uid is then the server's own on the host. Raises OSError."""
+    """It becomes a job's. Without root nothing is to be done: either it is, or the shim gives it away. Raises OSError."""
     if is_root():
         os.chown(directory, uid, gid)
 
 
-def identity() -> tuple[str, ...]:
-    """What jobs lack of a uid of their own, for their info."""
-    return () if is_root() else (f"uid: on the host its processes and files are the server's own user's, uid {os.geteuid()}",)
+def identity(own: bool) -> tuple[str, ...]:
+    """What a job lacks of being a user of its own, for its info. `own`: it has a subordinate id of the server's user's."""
+    if is_root() or own:
+        return ()
+    others = sorted(set(os.getgroups()) - {os.getegid()})
+    lacking = [f"uid: on the host its processes and files are the server's own user's, uid {os.geteuid()}"]
+    if others:
+        lacking.append(f"groups: the server's user's other groups are the job's too: {', '.join(map(str, others))}")
+    return tuple(lacking)

@@ -35,7 +35,9 @@ static void reset_signals(void)
 static int set_limits(const struct plan *plan, struct report *why)
 {
 	const struct rlimit none = {1, 1}, files = {(rlim_t)plan->open_files, (rlim_t)plan->open_files};
-	const struct rlimit processes = {(rlim_t)plan->processes, (rlim_t)plan->processes};
+	/* What is counted are the tasks of the command's uid: with init only where that is init's too. */
+	const rlim_t counted = (rlim_t)(plan->processes - has_own_ids(plan));
+	const struct rlimit processes = {counted, counted};
 	setrlimit(RLIMIT_CORE, &none);
 	if (plan->open_files >= 0 && setrlimit(RLIMIT_NOFILE, &files) != 0)
 		return fail(why, "rlimit", errno, "open-files");

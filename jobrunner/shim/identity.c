@@ -126,7 +126,7 @@ int become_the_job(const struct plan *plan, struct report *why)
 		return -1;
 	if (plan->protect & PROTECT_CAPABILITIES && drop_bounding(why) != 0)
 		return -1;
-	if (plan->uid >= 0 && !plan->user_namespace) {	/* in one of its own it has no other */
+	if (plan->uid >= 0 && (!plan->user_namespace || has_own_ids(plan))) {	/* where one id is mapped there is no other */
 		const uid_t uid = (uid_t)plan->uid;
 		const gid_t gid = (gid_t)plan->gid;
 		if (setgroups(0, NULL) != 0 || setresgid(gid, gid, gid) != 0 || setresuid(uid, uid, uid) != 0)

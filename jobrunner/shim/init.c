@@ -38,11 +38,11 @@ static void die_with_the_shim(int channel)
 		_exit(1);
 }
 
-/* Until the shim has made sure that the job's end can be told. A shim that dies hangs up. */
-static void wait_to_be_let_go(int channel)
+/* A shim that dies hangs up. */
+void wait_to_be_told(int channel, uint32_t kind)
 {
 	struct message message;
-	if (recv(channel, &message, sizeof message, 0) != (ssize_t)sizeof message || message.kind != SAY_GO)
+	if (recv(channel, &message, sizeof message, 0) != (ssize_t)sizeof message || message.kind != kind)
 		_exit(1);
 }
 
@@ -119,6 +119,8 @@ _Noreturn void init_main(const struct birth *birth)
 
 	die_with_the_shim(birth->channel);
 	prctl(PR_SET_NAME, "jobrunner-init");
+	if (has_own_ids(birth->plan))
+		wait_to_be_told(birth->channel, SAY_MAPPED);
 	if (map_ids(birth->plan, &why) != 0 || isolate(birth, &why) != 0)
 		give_up(birth, &why);
 	sigemptyset(&child);
@@ -129,7 +131,7 @@ _Noreturn void init_main(const struct birth *birth)
 		fail(&why, "init", errno, "signalfd");
 		give_up(birth, &why);
 	}
-	wait_to_be_let_go(birth->channel);
+	wait_to_be_told(birth->channel, SAY_GO);	/* the job's end can be told from now on */
 	pid_t command = spawn(0, -1, &kept[COMMAND]);
 	if (command == 0)
 		command_main(birth);

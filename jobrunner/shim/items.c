@@ -68,6 +68,8 @@ static const struct key PLAN_KEYS[] = {
 	{"uid", NUMBER, false, AT(plan, uid), 0, 0, MAX_ID},
 	{"gid", NUMBER, false, AT(plan, gid), 0, 0, MAX_ID},
 	{"user-namespace", NUMBER, false, AT(plan, user_namespace), 0, 0, 1},
+	{"uid-helper", PATH, false, AT(plan, uid_helper), 0, 0, 0},
+	{"gid-helper", PATH, false, AT(plan, gid_helper), 0, 0, 0},
 	{"user-name", TEXT, false, AT(plan, user_name), 0, 0, 0},
 	{"show", PATHS, false, AT(plan, show), AT(plan, n_show), 0, MAX_PATHS},
 	{"root", PATH, false, AT(plan, root), 0, 0, 0},
@@ -305,6 +307,8 @@ int plan_read(int fd, struct plan *plan, struct report *why)
 		return -1;
 	if ((plan->uid < 0) != (plan->gid < 0) || (plan->user_namespace && plan->uid < 0))
 		return refuse(why, "missing ", plan->uid < 0 ? "uid" : "gid");
+	if (!plan->uid_helper != !plan->gid_helper || (plan->uid_helper && !plan->user_namespace))
+		return refuse(why, "missing ", !plan->user_namespace ? "user-namespace" : plan->uid_helper ? "gid-helper" : "uid-helper");
 	return make_vectors(plan, counts[COUNT(PLAN_KEYS) - 1], counts[COUNT(PLAN_KEYS) - 2], why);
 }
 
@@ -314,7 +318,7 @@ void plan_free(struct plan *plan)
 	munmap(plan->list, MAX_LIST);
 	munmap(plan->vectors, plan->vectors_size);
 	plan->dir = plan->cgroup2_shim = plan->cgroup2_job = plan->oom_control = plan->oom_events = plan->hostname = plan->cwd = NULL;
-	plan->root = plan->work = plan->user_name = plan->seccomp = NULL;
+	plan->root = plan->work = plan->user_name = plan->seccomp = plan->uid_helper = plan->gid_helper = NULL;
 	plan->n_cgroup1_shim = plan->n_cgroup1_job = plan->n_counters = plan->n_cpu_quotas = plan->n_io_limits = 0;
 	plan->n_show = plan->n_mask = plan->n_cgroup_views = plan->n_volumes = 0;
 	plan->argv = plan->env = NULL;

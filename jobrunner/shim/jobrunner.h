@@ -48,12 +48,12 @@ struct plan {
 	int64_t merge, stop_signal, grace_ms, timeout_ms, idle_timeout_ms, segment_bytes, open_files, processes;
 	int64_t network_host;		/* 1: the host's network instead of one with loopback alone */
 	int64_t output_limit, limit_stops, error_stops;	/* the last two: 1 if that ends the job */
-	const char *root, *work, *user_name, *seccomp;
+	const char *root, *work, *user_name, *seccomp, *uid_helper, *gid_helper;
 	const char *show[MAX_PATHS], *mask[MAX_PATHS], *cgroup_views[MAX_CGROUPS];
 	int n_show, n_mask, n_cgroup_views, n_volumes;
 	struct volume volumes[MAX_VOLUMES];
 	int64_t uid, gid, work_size, tmp_size, writable, protect, birth_ms;
-	int64_t user_namespace;		/* 1: a user namespace, in which uid and gid are the server's own */
+	int64_t user_namespace;		/* 1: a user namespace, in which uid and gid are the server's own, or with the helpers themselves */
 	char **argv, **env;
 	void *list, *vectors;		/* the memory behind all of it: */
 	size_t list_size, vectors_size;
@@ -225,7 +225,7 @@ struct message {
 	uint32_t kind;
 	int32_t value;
 };
-enum { SAY_GO = 1, SAY_SIGNAL, SAY_DELIVERED, SAY_EXITED };
+enum { SAY_GO = 1, SAY_SIGNAL, SAY_DELIVERED, SAY_EXITED, SAY_MAPPED };
 
 _Noreturn void shim_main(struct plan *plan, const struct places *places, int answer);	/* shim.c */
 void supervise(struct job *job);							/* supervise.c */
@@ -242,8 +242,11 @@ int ctl_claim(struct job *job, struct report *why);					/* ctl.c */
 bool ctl_heard_stop(struct job *job);
 bool ctl_stop_file(const struct job *job, bool asked, struct stop *stop);
 _Noreturn void init_main(const struct birth *birth);					/* init.c */
+void wait_to_be_told(int channel, uint32_t kind);
 uint64_t user_namespace(const struct plan *plan);					/* userns.c */
 int open_own(const struct plan *plan, const char *path);
+bool has_own_ids(const struct plan *plan);
+int map_for(const struct plan *plan, pid_t init, struct report *why);
 int map_ids(const struct plan *plan, struct report *why);
 int isolate(const struct birth *birth, struct report *why);				/* isolate.c */
 int private_mounts(struct report *why);

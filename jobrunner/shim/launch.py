@@ -61,6 +61,8 @@ class LaunchPlan:
     gid: int | None = None
     user_namespace: bool = False
     """For a launcher that is not root: a user namespace in which `uid` and `gid` are its own."""
+    id_helpers: tuple[str, str] | None = None
+    """newuidmap and newgidmap: with them `uid` and `gid` are themselves on the host too, ids of the launcher's user's."""
     user_name: str = ""
     """In a line of the job's own /etc/passwd and /etc/group."""
     show: Sequence[str] = ()
@@ -124,6 +126,8 @@ def _isolation(plan: LaunchPlan) -> list[tuple[str, str]]:
         items.append(("volume", f"{mode} {owner} {volume.target} {volume.source}"))
     if plan.user_namespace:
         items.append(("user-namespace", "1"))
+    if plan.id_helpers:
+        items += zip(("uid-helper", "gid-helper"), plan.id_helpers, strict=True)
     if plan.writable:
         items.append(("writable", "1"))
     return items

@@ -84,15 +84,29 @@ static void close_private(const struct job *job, int reading, int answer)
 		close(job->places->cpu_quotas[i]);
 }
 
+static int map_init(const struct job *job, pid_t pid, struct report *why)
+{
+	const struct message mapped = {.kind = SAY_MAPPED};
+	if (map_for(job->plan, pid, why) != 0)
+		return -1;
+	send(job->channel, &mapped, sizeof mapped, MSG_NOSIGNAL);
+	return 0;
+}
+
 static int spawn_init(struct job *job, const struct birth *birth, int reading, int answer, struct report *why)
 {
 	const uint64_t network = job->plan->network_host ? 0 : CLONE_NEWNET;
 	const uint64_t namespaces = CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | network | user_namespace(job->plan);
+	/* A helper maps the ids of who is dumpable alone: by the owner of its /proc (userns.c). */
+	prctl(PR_SET_DUMPABLE, has_own_ids(job->plan));
 	pid_t pid = spawn(namespaces, job->places->cgroup2_job, &job->init);
+	const int error = errno;
 	if (pid == 0) {
 		close_private(job, reading, answer);
 		init_main(birth);
 	}
+	prctl(PR_SET_DUMPABLE, 0);
+	errno = error;
 	if (pid < 0)
 		return spawn_failed(job->places->cgroup2_job, job->plan->cgroup2_job, "init", why);
 	close(birth->channel);
@@ -100,7 +114,7 @@ static int spawn_init(struct job *job, const struct birth *birth, int reading, i
 	close(birth->output[0]);
 	if (birth->output[1] != birth->output[0])
 		close(birth->output[1]);
-	return 0;
+	return has_own_ids(job->plan) ? map_init(job, pid, why) : 0;
 }
 
 static void reap_init(struct job *job, siginfo_t *info)

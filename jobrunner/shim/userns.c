@@ -1,10 +1,13 @@
 /*
  * A server that is not root: init is born into a user namespace (user_namespaces(7)) that the job's other namespaces belong to, and
- * in which the job's one uid and gid are the server's own on the host. More ids would need the set-uid helpers of subuid(5).
+ * which init's uid is the server's own on the host.
  *
- * init writes the maps itself, before anything else; until then it is nobody, and nothing of the job is there.
+ * With the set-uid helpers newuidmap(1) and newgidmap(1) the job has an id of its own, one of the server's user's subordinate ones
+ * (subuid(5)), which is the same number inside and on the host; init is 0 inside. They are run by the shim; until they have been init
+ * waits, and is nobody.
  *
- * So init has the command's uid, and what keeps them apart is another: init is not dumpable, so that its memory, descriptors and
+ * Without them init writes the maps itself, of one uid and one gid, which are the server's own on the host. So init has the command's
+ * uid then, and what keeps them apart is another: init is not dumpable, so that its memory, descriptors and
  * files in /proc are not the command's (ptrace(2), proc(5)); it keeps a capability that the command has not, which alone would do,
  * and which keeps its priority from the command too; the kernel lets nobody end a namespace's pid 1 from within; and the filter denies
  * to change its limits.
@@ -13,12 +16,17 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "jobrunner.h"
+
+#define HELPER_NS (10000 * MS)
 
 static uid_t host_uid;
 static gid_t host_gid;
@@ -56,6 +64,70 @@ static int write_own(const struct plan *plan, const char *path, const char *text
 	return written ? 0 : fail(why, "userns", error, path);
 }
 
+bool has_own_ids(const struct plan *plan)
+{
+	return plan->uid_helper;
+}
+
+/* What a helper says on its standard error, until it closes it; false if it is not done in time. */
+static bool hear_helper(int from, char *text, size_t size)
+{
+	const int64_t until = now_ns(CLOCK_BOOTTIME) + HELPER_NS;
+	struct pollfd fd = {.fd = from, .events = POLLIN};
+	size_t length = 0;
+	for (;;) {
+		if (poll_until(&fd, 1, until) <= 0)
+			return false;
+		ssize_t n = read(from, scratch, sizeof scratch);
+		if (n == 0 || (n < 0 && errno != EINTR))
+			break;
+		for (ssize_t i = 0; i < n && length + 1 < size; i++)
+			text[length++] = scratch[i];
+	}
+	text[length] = '\0';
+	return true;
+}
+
+/* One map of init's: 0 is the server's own, and the job's id itself. */
+static int run_helper(const char *helper, pid_t init, unsigned int own, int64_t id, struct report *why)
+{
+	char number[16], outside[16], job[24], text[200] = "";
+	int told[2], status = -1, pidfd;
+	snprintf(number, sizeof number, "%d", init);
+	snprintf(outside, sizeof outside, "%u", own);
+	snprintf(job, sizeof job, "%lld", (long long)id);
+	char *const arguments[] = {(char *)helper, number, "0", outside, "1", job, job, "1", NULL};
+	if (pipe2(told, O_CLOEXEC) != 0)
+		return fail(why, "userns", errno, "pipe");
+	pid_t pid = spawn(0, -1, &pidfd);
+	if (pid == 0) {
+		char *const environment[] = {NULL};
+		dup2(told[1], STDERR_FILENO);
+		execve(helper, arguments, environment);
+		dprintf(STDERR_FILENO, "%s: %s", helper, strerror(errno));
+		_exit(127);
+	}
+	close(told[1]);
+	if (pid < 0) {
+		close(told[0]);
+		return fail(why, "userns", errno, helper);
+	}
+	const bool done = hear_helper(told[0], text, sizeof text);
+	close(told[0]);
+	if (!done)
+		send_signal(pidfd, SIGKILL);
+	close(pidfd);
+	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+		;
+	return !done ? fail(why, "userns", ETIMEDOUT, helper) : status == 0 ? 0 : fail(why, "userns", 0, *text ? text : helper);
+}
+
+int map_for(const struct plan *plan, pid_t init, struct report *why)
+{
+	return run_helper(plan->uid_helper, init, host_uid, plan->uid, why) != 0 ||
+	       run_helper(plan->gid_helper, init, host_gid, plan->gid, why) != 0 ? -1 : 0;
+}
+
 /*
  * The maps. Without a helper an ordinary user may map one id, his own, and a gid only where setgroups(2) is given up: the groups that
  * he has besides, the job keeps. No user namespace is made below this one, which the filter denies as well.
@@ -67,6 +139,10 @@ int map_ids(const struct plan *plan, struct report *why)
 		return 0;
 	if (host_uid == 0)		/* a job is never root of the host */
 		return fail(why, "userns", EPERM, "root");
+	if (has_own_ids(plan)) {
+		prctl(PR_SET_DUMPABLE, 0);	/* mapped by now */
+		return write_own(plan, "/proc/sys/user/max_user_namespaces", "0\n", why);
+	}
 	snprintf(uids, sizeof uids, "%lld %u 1\n", (long long)plan->uid, host_uid);
 	snprintf(gids, sizeof gids, "%lld %u 1\n", (long long)plan->gid, host_gid);
 	if (write_own(plan, "/proc/self/uid_map", uids, why) != 0 || write_own(plan, "/proc/self/setgroups", "deny", why) != 0 ||

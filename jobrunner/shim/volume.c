@@ -27,6 +27,10 @@ static int put_at(int root, const struct plan *plan, const char *path, int mount
 
 int mount_work(int root, const struct plan *plan, struct report *why)
 {
+	/* The server's own until now, and so ours to give: what it is root for elsewhere. */
+	if (plan->work && has_own_ids(plan) &&
+	    fchownat(AT_FDCWD, plan->work, (uid_t)plan->uid, (gid_t)plan->gid, AT_SYMLINK_NOFOLLOW) != 0)
+		return fail(why, "work", errno, plan->work);
 	if (plan->work)
 		return put_at(root, plan, "/work", mount_clone(AT_FDCWD, plan->work, PLAIN, false), "work", plan->work, why);
 	if (plan->work_size >= 0)

@@ -66,8 +66,8 @@ def test_a_job_that_is_not_as_it_should_be_is_told(change: tuple[str, str]) -> N
     right = (
         f"Name:\tcat\nUid:\t{ids}\nGid:\t{ids}\nGroups:\t \n{sets}NoNewPrivs:\t1\nSeccomp:\t2\ntmpfs / tmpfs ro,nosuid,nodev 0 0\n"
     )
-    assert _untrue(right, UID) == []
-    assert len(_untrue(right.replace(*change), UID)) == 1
+    assert _untrue(right, UID, own=True) == []
+    assert len(_untrue(right.replace(*change), UID, own=True)) == 1
 
 
 def test_what_is_offered_and_cannot_be_had_is_told_and_the_remedies_help(settings: Path) -> None:

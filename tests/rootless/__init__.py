@@ -8,6 +8,7 @@ from typing import Any
 GIVEN = os.environ.get("JOBRUNNER_TEST_USER", "nothing")
 MISSING = {
     "cgroups": (),
+    "ids": (),
     "memory and pids": ("cpus", "read_bps", "write_bps"),
     "nothing": ("cpus", "memory", "read_bps", "write_bps"),
 }[GIVEN]

@@ -22,6 +22,8 @@ from tests.support.shim import removed, wait_until
 
 UID = 1_800_000_000 + os.getpid()
 """Nobody else's, of another run neither."""
+SUBIDS = (1_810_000_000 + os.getpid() % 1000 * 65536, 65536)
+"""First and count of the subordinate ids that he may be given."""
 ROOT = Path(__file__).parents[2]
 ALL = ("cpu", "memory", "pids", "io")
 """As v2 names them."""
@@ -40,14 +42,21 @@ class Delegation:
 NONE = Delegation("", (), ())
 
 
-def command_as_user(command: list[str], delegation: Delegation = NONE, environ: Mapping[str, str] | None = None) -> list[str]:
-    """The command line for root that becomes this command as the user, in his cgroup; the environment is this and nothing else."""
+def command_as_user(
+    command: list[str], delegation: Delegation = NONE, environ: Mapping[str, str] | None = None, ids: bool = False
+) -> list[str]:
+    """The command line for root that becomes this command as the user, in his cgroup; the environment is this and nothing else.
+
+    `ids`: he has a name, and SUBIDS are his; and a group more, so that what becomes of it can be seen.
+    """
     reach = [Path(sys.base_prefix), Path(sys.prefix), ROOT]
+    groups = f"--groups={UID + 1}" if ids else "--clear-groups"
     variables = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", **(environ or {})}
     script = [
         *_uncover(reach),
+        *(_account() if ids else ()),
         *(f"echo $$ > {shlex.quote(str(entry))}" for entry in delegation.entries),
-        f"exec setpriv --reuid={UID} --regid={UID} --clear-groups --inh-caps=-all env -i {_words(variables)} {shlex.join(command)}",
+        f"exec setpriv --reuid={UID} --regid={UID} {groups} --inh-caps=-all env -i {_words(variables)} {shlex.join(command)}",
     ]
     return ["unshare", "--mount", "--propagation=private", "sh", "-euc", "\n".join(script)]
 
@@ -71,6 +80,16 @@ def _uncover(paths: list[Path]) -> Iterator[str]:
         quoted = shlex.quote(str(path))
         yield f"mkdir -p {quoted}; mount --rbind $stage/{number} {quoted}"
     yield "umount -l $stage; rmdir $stage"
+
+
+def _account() -> Iterator[str]:
+    """Shell: an /etc of his own, in which he is known."""
+    yield "account=$(mktemp -d)"
+    yield "mount -t tmpfs -o mode=755 tmpfs $account; cp -a /etc $account"
+    yield f"echo jobrunner-test:x:{UID}:{UID}::/:/bin/sh >> $account/etc/passwd"
+    for file in ("subuid", "subgid"):
+        yield f"echo jobrunner-test:{SUBIDS[0]}:{SUBIDS[1]} >> $account/etc/{file}"
+    yield "mount --bind $account/etc /etc; umount -l $account; rmdir $account"
 
 
 def _closed(path: Path) -> Path | None:

@@ -20,13 +20,14 @@ from tests.support.user import NONE, ROOT, Delegation, command_as_user, delegate
 pytestmark = [pytest.mark.requires("root", "command:unshare", "command:setpriv"), pytest.mark.timeout(120)]
 
 
-JOBS, ATTACKS, SERVICE = (f"tests/rootless/test_{name}.py" for name in ("jobs", "attacks", "service"))
+JOBS, ATTACKS, SERVICE, UIDS = (f"tests/rootless/test_{name}.py" for name in ("jobs", "attacks", "service", "uids"))
 FORKS = f"{ATTACKS}::test_a_fork_bomb_meets_its_limit_exactly"
 LIMITS = f"{ATTACKS}::test_its_limits_are_its_users_files_and_cannot_be_written_to"
 TESTS = {
     "cgroups": ["tests/rootless"],
     "memory and pids": ["tests/rootless/test_partly.py"],
     "nothing": [JOBS, SERVICE, FORKS],
+    "ids": [UIDS, JOBS, FORKS],
 }
 if os.environ.get("JOBRUNNER_IN_VM") == "1":  # what is of cgroup v2 alone
     TESTS = {"cgroups": [JOBS, FORKS, LIMITS], "memory and pids": TESTS["memory and pids"]}
@@ -34,6 +35,7 @@ CGROUPS: Mapping[str, Callable[[], AbstractContextManager[Delegation]]] = {
     "cgroups": delegated,
     "memory and pids": partial(delegated, ("memory", "pids")),  # what systemd gives users at least
     "nothing": lambda: contextlib.nullcontext(NONE),
+    "ids": delegated,
 }
 
 
@@ -46,7 +48,7 @@ def test_everything_works_for_a_real_user(given: str) -> None:
         pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={directory}/pytest"]
         pytest_command += [f"--timeout={at_most(60):.0f}", "--durations=5", *TESTS[given]]
         done = subprocess.run(
-            command_as_user(pytest_command, delegation, environ),
+            command_as_user(pytest_command, delegation, environ, ids=given == "ids"),
             cwd=ROOT,
             capture_output=True,
             text=True,

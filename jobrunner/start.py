@@ -125,7 +125,7 @@ class Starts:
         return record, cgroup
 
     def _own_ids(self, spec: JobSpec) -> SubIds | None:
-        """None for a job that has something that is kept: that is the server's user's own, and only root could map it to another."""
+        """None for a job with something that is kept: that is the server's user's own, and only root could map it to another."""
         return None if spec.volumes or spec.workspace else self._runner.ids
 
     def _new_id(self) -> str:

@@ -169,6 +169,8 @@ def _pivot(tried: re.Match[str] | None, rights: str) -> Finding:
     if tried[2] != "pivot":
         return Finding(Level.LIMITED, "pivot_root", f"could not be tried: {_what(tried)}", _remedy(tried, "mount", rights))
     what = f"{_what(tried)}: a job's root is entered by chroot, and the one before stays mounted below it, out of its reach"
+    if int(tried[3]) == errno.EACCES:  # nor is another way gone then (shim/root.c, enter_root): "root of its own" says so
+        return Finding(Level.LIMITED, "pivot_root", _what(tried), of_step("pivot", errno.EACCES))
     if int(tried[3]) == errno.EINVAL:
         remedy = "a root that is not the kernel's first file system: switch_root(8)"
     else:

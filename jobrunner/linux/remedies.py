@@ -52,7 +52,7 @@ def capabilities(lacking: Collection[str]) -> str:
 
 def of_step(step: str, error: int, what: str = "") -> str:
     """What mends a failure of this step with this errno (0 if no system call failed). `what`: which thing was tried."""
-    if step in ("mount", "root", "mask") and error == errno.EACCES:
+    if step in ("mount", "root", "mask", "pivot") and error == errno.EACCES:
         return _APPARMOR
     if step == "mount" and what in ("proc", "/proc") and error == errno.EPERM:
         return _PROC

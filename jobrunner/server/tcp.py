@@ -2,8 +2,8 @@
 
 asyncio drops the alert of a handshake that fails (https://github.com/python/cpython/issues/98078) and tells nobody of it. So the
 listening socket is a plain one, and a subclass of asyncio's own TLS protocol sits on each connection: it sends the alert, tells the
-address and the reason, and keeps count. Of each address a few handshakes go on in a turn of the loop: each costs milliseconds, and
-others have to be heard in a flood of them.
+address and the reason, and keeps count. A few handshakes go on in a turn of the loop, and fewer of one address: each costs
+milliseconds, and others have to be heard in a flood of them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from asyncio import sslproto
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Listener", "Refused", "TlsConnection", "verified_chain"]
 
 
-STEPS = 4
-"""Of the handshakes of one address, in a turn of the loop: each has two, of about a millisecond."""
+STEPS, STEPS_OF_ALL = 4, 8
+"""Of the handshakes of one address, and of all, in a turn of the loop: each has two, of about a millisecond."""
 
 
 class Listener:
@@ -49,8 +50,9 @@ class Listener:
         self.context = context
         self.admit = admit
         self.account = account
-        self.turns = Turns(STEPS)
-        """Of addresses."""
+        self.known = Counter[str]()
+        """Addresses from which clients are connected, and how many: a flood from elsewhere does not delay their next connection."""
+        self._turns, self._turns_of_known = Turns(STEPS, STEPS_OF_ALL), Turns(STEPS)
         self.handshake_timeout = handshake_timeout
         self.shutdown_timeout = shutdown_timeout
         self.pending: dict[TlsConnection, None] = {}
@@ -82,6 +84,16 @@ class Listener:
             self._give_way()
         self.pending[connection] = None
 
+    def turns(self, host: str) -> Turns:
+        """In which handshakes of this address go on."""
+        return self._turns_of_known if host in self.known else self._turns
+
+    def made(self, connection: TlsConnection) -> None:
+        """Its handshake is over, and its client's certificate accepted."""
+        del self.pending[connection]
+        self.live.add(connection)
+        self.known[connection.host] += 1
+
     def _give_way(self) -> None:
         """Drop the oldest that has said nothing, else the oldest: an honest handshake is over within milliseconds, so who is in
         it the longest is the least likely to be one. Refusing the newest would let a few silent peers keep everybody out.
@@ -96,6 +108,11 @@ class Listener:
     def left(self, connection: TlsConnection | Refused) -> None:
         """Its socket is being closed."""
         self.open.discard(connection)
+        if isinstance(connection, TlsConnection):
+            self.pending.pop(connection, None)
+            if connection in self.live:
+                self.live.remove(connection)
+                self.known -= Counter((connection.host,))  # which forgets who has none
         self._one_left.set()
 
     async def close(self) -> None:
@@ -151,12 +168,13 @@ class TlsConnection(sslproto.SSLProtocol):
         self.dismissed = False
         self.refusal = ""
         """Why this client may not be served any more, once that is so."""
-        self.address = "an unknown address"
+        self.address = self.host = "an unknown address"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._socket = transport
         self.address = address_of(transport.get_extra_info("peername"))
+        self.host = self.address.rpartition(":")[0]
         if self._aborted:
             transport.abort()
             return
@@ -172,7 +190,7 @@ class TlsConnection(sslproto.SSLProtocol):
             super().buffer_updated(nbytes)
             return
         self._socket.pause_reading()
-        self._listener.turns.take(self.address.rpartition(":")[0], lambda: self._go_on(nbytes))
+        self._listener.turns(self.host).take(self.host, lambda: self._go_on(nbytes))
 
     def _go_on(self, nbytes: int) -> None:
         """With the handshake. What has come is still in the buffer, as nothing was read since."""
@@ -192,13 +210,13 @@ class TlsConnection(sslproto.SSLProtocol):
             self._socket.abort()
 
     def _on_handshake_complete(self, handshake_exc: BaseException | None) -> None:
-        self._listener.pending.pop(self, None)
         if handshake_exc is None:
-            self._listener.live.add(self)
+            self._listener.made(self)
             connection = getattr(self, "_sslobj")  # noqa: B009 - typeshed does not know it
             self.client, self.refusal = self._listener.admit(verified_chain(connection))
             self._extra["connection"] = self
         else:
+            self._listener.pending.pop(self, None)
             self._listener.account.handshake_failed(self.address, reason_of(handshake_exc))
             flush: Callable[[], None] = getattr(self, "_process_outgoing")  # noqa: B009 - typeshed does not know it
             flush()  # Order: the alert, before the transport is closed without it.
@@ -211,8 +229,6 @@ class TlsConnection(sslproto.SSLProtocol):
         super()._check_handshake_timeout()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._listener.pending.pop(self, None)
-        self._listener.live.discard(self)
         super().connection_lost(exc)
         self._listener.left(self)
 

@@ -8,6 +8,7 @@ and a call takes several of these. Who wants little does not wait; who wants muc
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,34 +19,43 @@ __all__ = ["Gate", "Line", "Turns"]
 class Turns:
     """Work that waits, by the name of whose it is. A name holds memory only while there is work of it."""
 
-    def __init__(self, most: int = 1) -> None:
-        """So much of each name is done in a turn."""
+    def __init__(self, most: int = 1, of_all: float = math.inf) -> None:
+        """So much of each name is done in a turn, and so much of all together."""
         self._most = most
+        self._of_all = of_all
         self._done: Counter[str] = Counter()
         """In this turn."""
         self._waiting: dict[str, deque[Callable[[], None]]] = {}
+        """In the order in which names come to their turn."""
 
     def __repr__(self) -> str:
         return f"<Turns {self._most} { ({name: len(queue) for name, queue in self._waiting.items()}) }>"
 
     def take(self, name: str, work: Callable[[], None]) -> None:
-        """Do this now, or, if enough of this name has been done in this turn of the loop, when it is its turn."""
+        """Do this now, or, if enough of this name or of all has been done in this turn of the loop, when it is its turn."""
         if not self._done and not self._waiting:
             asyncio.get_running_loop().call_soon(self._next)
-        if name in self._waiting or self._done[name] >= self._most:
+        if name in self._waiting or self._room(name) <= 0:
             self._waiting.setdefault(name, deque()).append(work)
             return
         self._done[name] += 1
         work()
 
+    def _room(self, name: str) -> float:
+        """How much more of this name may be done in this turn."""
+        return min(self._most - self._done[name], self._of_all - self._done.total())
+
     def _next(self) -> None:
         self._done.clear()
         for name, queue in list(self._waiting.items()):
-            for _ in range(min(self._most, len(queue))):
+            while queue and self._room(name) > 0:
                 self._done[name] += 1
                 self._do(name, queue.popleft())
-            if not queue:
-                del self._waiting[name]
+            if not self._done[name]:
+                break  # it, and who comes after it, are the first in the next turn
+            del self._waiting[name]
+            if queue:
+                self._waiting[name] = queue
         if self._done:
             asyncio.get_running_loop().call_soon(self._next)
 

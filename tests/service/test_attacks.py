@@ -99,22 +99,26 @@ async def test_handshakes_that_stall(target: ServerProcess, innocent: Innocent) 
     assert figures.grown < 2 * ALLOWANCE  # as many
 
 
-async def test_handshakes_of_strangers(target: ServerProcess, innocent: Innocent) -> None:
+@pytest.mark.parametrize("addresses", [1, 200])
+async def test_handshakes_of_strangers(target: ServerProcess, innocent: Innocent, addresses: int) -> None:
     """Whole ones: the server's arithmetic, for a certificate that it then refuses."""
     files = target.files("stranger")
     context = ssl.create_default_context(cafile=files["ca"])
     context.load_cert_chain(files["cert"], files["key"])
     host, _, port = target.address.rpartition(":")
 
-    async def shake(_: int) -> None:
+    async def shake(number: int) -> None:
+        own = (f"127.0.1.{1 + number % addresses}", 0)
         with suppress(OSError):
-            reader, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname="localhost")
+            reader, writer = await asyncio.open_connection(
+                host, int(port), ssl=context, server_hostname="localhost", local_addr=own
+            )
             with suppress(OSError):
                 await reader.read()
             writer.transport.abort()
 
     async with attacked(target, innocent) as figures:
-        await waves(200 * FACTOR, 100, shake)
+        await waves(200 * FACTOR, 100 if addresses == 1 else 200, shake)
     assert figures.grown < ALLOWANCE
 
 

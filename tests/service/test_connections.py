@@ -13,7 +13,7 @@ import anyio
 import pytest
 
 from tests.support.http2 import HEADERS, RawPeer, client_context, framed, raw_peer
-from tests.support.server import Running, serving
+from tests.support.server import Running, eventually, serving
 
 pytestmark = pytest.mark.requires("root")
 
@@ -105,6 +105,19 @@ async def test_plain_text_is_refused(tmp_path: Path) -> None:
             answer = await reader.read(65536)
         assert answer[:1] in (b"", b"\x15")  # nothing, or a TLS alert (RFC 8446 section 5.1)
         writer.close()
+
+
+async def test_an_address_is_known_as_long_as_a_client_is_connected_from_it(tmp_path: Path) -> None:
+    async with serving(tmp_path) as running:
+        listener = running.server.listener
+        strangers = listener.turns("127.0.0.1")
+        async with raw_peer(running) as peer, raw_peer(running):
+            await peer.receive()
+            await eventually(lambda: listener.known == {"127.0.0.1": 2})
+            assert listener.turns("127.0.0.1") is not strangers
+            assert listener.turns("127.0.0.2") is strangers
+        await eventually(lambda: not listener.known)
+        assert listener.turns("127.0.0.1") is strangers
 
 
 async def test_a_frame_of_an_unknown_type_is_ignored(tmp_path: Path) -> None:

@@ -40,6 +40,22 @@ async def test_of_each_name_one_thing_is_done_in_a_turn_of_the_loop() -> None:
     await eventually(lambda: done[5:] == ["x0", "x1", "x2"])
 
 
+async def test_of_all_names_so_much_is_done_in_a_turn_and_each_comes_to_its_own() -> None:
+    turns = Turns(2, 3)
+    done: list[str] = []
+    seen: list[int] = []
+    for number in range(4):
+        for name in "abcde":
+            turns.take(name, partial(done.append, f"{name}{number}"))
+    while len(done) < 20:
+        seen.append(len(done))
+        await asyncio.sleep(0)
+    assert seen[:6] == [3, 6, 9, 12, 15, 18], "three in a turn"
+    order = "a0 b0 c0 d0 d1 e0 a1 a2 b1 c1 c2 d2 e1 e2 a3"
+    assert done[:15] == order.split(), "who has had his turn is behind the others"
+    await eventually(lambda: repr(turns) == "<Turns 2 {}>")
+
+
 async def test_an_error_of_one_is_not_the_others() -> None:
     turns = Turns()
     done: list[int] = []

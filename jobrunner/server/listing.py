@@ -12,7 +12,8 @@ from jobrunner.kept import Entry, Position
 from jobrunner.runner import JobRunner
 from jobrunner.wire import messages as pb
 from jobrunner.wire.convert import info_to_wire
-from jobrunner.wire.encode import Encoded, varint
+from jobrunner.wire.encode import Encoded
+from jobrunner.wire.write import varint, written
 
 __all__ = ["page"]
 
@@ -55,7 +56,7 @@ async def page(runner: JobRunner, request: pb.JobListRequest) -> Encoded:
             continue
         if any(info.labels.get(name) != value for name, value in request.labels.items()):
             continue
-        parts.append(_field(JOBS, bytes(info_to_wire(info))))
+        parts.append(_field(JOBS, written(info_to_wire(info))))
         length += len(parts[-1])
         last = position
         await asyncio.sleep(0)

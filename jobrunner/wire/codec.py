@@ -12,6 +12,8 @@ from typing import Any
 import betterproto2
 from grpclib.encoding.base import CodecBase
 
+from jobrunner.wire.write import written
+
 __all__ = ["Encoded", "MalformedMessage", "StrictCodec", "TooManyFields", "check_message", "payloads"]
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
@@ -47,9 +49,6 @@ class Encoded:
     def __repr__(self) -> str:
         return f"<Encoded {len(self.raw)} bytes>"
 
-    def SerializeToString(self) -> bytes:  # noqa: N802 - the name that codecs call
-        return self.raw
-
 
 class StrictCodec(CodecBase):
     """Protobuf for grpclib; `decode` raises MalformedMessage."""
@@ -63,8 +62,7 @@ class StrictCodec(CodecBase):
     def encode(self, message: Any, message_type: type[Any]) -> bytes:
         if not isinstance(message, message_type):
             raise TypeError(f"cannot encode message: {type(message).__name__} is not {message_type.__name__}")
-        data: bytes = message.SerializeToString()
-        return data
+        return message.raw if isinstance(message, Encoded) else written(message)
 
     def decode(self, data: bytes, message_type: type[Any]) -> Any:
         if message_type is Encoded:

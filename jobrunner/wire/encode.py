@@ -12,6 +12,7 @@ from jobrunner.output import MAX_TIME, Begin, Chunk, End
 from jobrunner.wire import messages as pb
 from jobrunner.wire.codec import Encoded, StrictCodec
 from jobrunner.wire.convert import output_from_wire, output_to_wire
+from jobrunner.wire.write import varint, written
 
 __all__ = ["Encoded", "decode_output", "encode_chunk", "encode_output"]
 
@@ -26,7 +27,7 @@ NANOS = b"\x10"
 
 def encode_output(part: Chunk | Gap | End | Begin) -> Encoded:
     """The message of any part of a log, or of where it begins."""
-    return encode_chunk(part) if isinstance(part, Chunk) else Encoded(bytes(output_to_wire(part)))
+    return encode_chunk(part) if isinstance(part, Chunk) else Encoded(written(output_to_wire(part)))
 
 
 def encode_chunk(chunk: Chunk) -> Encoded:
@@ -81,16 +82,6 @@ def _read_varint(raw: bytes, at: int) -> tuple[int, int]:
         if shift > 56:
             raise IndexError
     return value | raw[at] << shift, at + 1
-
-
-def varint(value: int) -> bytes:
-    """A number of at least 0 and less than 2^64 in base 128, lowest digit first."""
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def _number(tag: bytes, value: int) -> bytes:

@@ -12,7 +12,8 @@ from jobrunner.output import Begin, Chunk, End
 from jobrunner.wire import messages as pb
 from jobrunner.wire.codec import MalformedMessage, StrictCodec
 from jobrunner.wire.convert import output_from_wire, output_to_wire
-from jobrunner.wire.encode import Encoded, decode_output, encode_chunk, encode_output, varint
+from jobrunner.wire.encode import Encoded, decode_output, encode_chunk, encode_output
+from jobrunner.wire.write import varint
 from tests.support.protobuf import official
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

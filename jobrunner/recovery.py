@@ -150,13 +150,16 @@ def _bounds(job: RunnerJob) -> tuple[int, int]:
 async def settle(runner: JobRunner, job: RunnerJob) -> None:
     """The shim of a job is gone: see that nothing of the job is left, decide how it ended, and let everyone know."""
     left, settled = await _at_once(runner, job)
+    cleared = True
     if settled is None:
-        await _clear(job, left.exit_record)
+        cleared = await _clear(job, left.exit_record)
         settled = await anyio.to_thread.run_sync(_mark, runner, job.job_id, left.ran)
     if not left.ran:
         runner.forget(job)
     runner.end(job, left)
-    if settled:
+    if not cleared:
+        logger.error("cannot remove cgroup of job %s: it is still busy; its uid stays taken", job.job_id)
+    elif settled:
         runner.identities.give_back(job.record.uid)
     else:
         await _give_back(runner, job.job_id, job.record.uid)
@@ -203,13 +206,13 @@ async def _give_back(runner: JobRunner, job_id: str, uid: int) -> None:
     runner.identities.give_back(uid)
 
 
-async def _clear(job: RunnerJob, exit_record: ExitRecord | None) -> None:
+async def _clear(job: RunnerJob, exit_record: ExitRecord | None) -> bool:
+    """False if something of the job may be alive still: not even SIGKILL ends a process that waits for a disk."""
     if job.cgroup is None:
-        return
+        return True
     if exit_record is None or exit_record.state is not State.ENDED:
         job.cgroup.kill()  # init has died with the shim; this takes what has not yet
-    if not await job.cgroup.removed():
-        logger.error("cannot remove cgroup of job %s: it is still busy", job.job_id)
+    return await job.cgroup.removed()
 
 
 async def recover(runner: JobRunner) -> Found:
@@ -266,12 +269,12 @@ async def _take_over(runner: JobRunner, job_id: str) -> bool:
     try:
         record, never, exit_record = await anyio.to_thread.run_sync(_read_unsettled, runner, job_id)
     except FileNotFoundError:  # a crash while it was made
-        return not await _remove(runner, runner.cgroups.reopen(job_id, {}), job_id)
+        return not await _remove(runner, runner.cgroups.reopen(job_id, {}), job_id, state.owner(state.directory(job_id)))
     except RecordError as exc:
         return not await anyio.to_thread.run_sync(_give_up, runner, job_id, exc)
     cgroup = runner.cgroups.reopen(job_id, record.cgroup)
     if never:
-        return not await _remove(runner, cgroup, job_id)
+        return not await _remove(runner, cgroup, job_id, record.uid)
     stop = state.read_stop(job_id)
     asked = None if stop is None and not state.stop_was_asked(job_id) else stop.by if stop else ""
     runner.identities.hold(record.uid)
@@ -337,7 +340,7 @@ def _load_batch(runner: JobRunner, job_ids: list[str]) -> list[tuple[RunnerJob, 
     return found
 
 
-async def _remove(runner: JobRunner, cgroup: JobCgroup, job_id: str) -> bool:
+async def _remove(runner: JobRunner, cgroup: JobCgroup, job_id: str, uid: int) -> bool:
     """Remove a job that never ran, and never will; False if that is left to the next server.
 
     A launcher of a server before this one may still be at it: while the cgroup is busy, the `ctl` that keeps it from the start
@@ -345,6 +348,7 @@ async def _remove(runner: JobRunner, cgroup: JobCgroup, job_id: str) -> bool:
     """
     if not await _sweep(cgroup):
         logger.error("cannot remove job %s, which never ran: its cgroup is busy", job_id)
+        runner.identities.hold(uid)
         return False
     await anyio.to_thread.run_sync(runner.state.remove, job_id)
     return True

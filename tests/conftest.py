@@ -19,8 +19,8 @@ from jobrunner.linux.mountinfo import cgroup_mounts, cgroup_version
 from tests.support.requires import KINDS, has
 from tests.support.timing import at_most
 
-# The fixtures `server` and `private_server`.
-pytest_plugins = ("tests.support.daemon",)
+# The fixtures `server` and `private_server`, and `own_disk`.
+pytest_plugins = ("tests.support.daemon", "tests.support.stall")
 
 MUST_RUN = os.environ.get("JOBRUNNER_MUST_RUN") == "1"
 EXCUSED = os.environ.get("JOBRUNNER_EXCUSED", "").split()

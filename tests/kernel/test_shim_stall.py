@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import select
 import signal
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from jobrunner.shim.exitrecord import Cause
 from tests.support.shim import ShimJob, read_proc, wait_until
+from tests.support.stall import stalled
 from tests.support.timing import at_most
 
 pytestmark = [pytest.mark.requires("root", "command:mkfs.ext4", "command:fsfreeze"), pytest.mark.timeout(60)]
@@ -21,31 +19,6 @@ pytestmark = [pytest.mark.requires("root", "command:mkfs.ext4", "command:fsfreez
 CHATTY = "i=0; while :; do echo $i; i=$((i + 1)); sleep 0.01; done"
 FLOOD = "exec head -c 2000000 /dev/zero"
 """More than the pipe holds."""
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, mounted."""
-    image, point = tmp_path / "image", tmp_path / "disk"
-    with image.open("wb") as file:
-        file.truncate(64 << 20)
-    point.mkdir()
-    subprocess.run(["mkfs.ext4", "-q", image], check=True)
-    subprocess.run(["mount", "-o", "loop", image, point], check=True)
-    try:
-        yield point
-    finally:
-        subprocess.run(["umount", "--lazy", point], check=True)
-
-
-@contextmanager
-def stalled(disk: Path) -> Iterator[None]:
-    """Whoever writes waits in the kernel (fsfreeze(8))."""
-    subprocess.run(["fsfreeze", "--freeze", disk], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["fsfreeze", "--unfreeze", disk], check=True)
 
 
 def is_stuck(shim: int) -> bool:
@@ -60,8 +33,8 @@ def wait_dead(pidfd: int) -> None:
     assert poll.poll(at_most(10) * 1000), "it lives"
 
 
-def test_deadline_idle_timeout_and_kill_hold_while_the_disk_stalls_and_are_told_after_it(disk: Path) -> None:
-    jobs = {name: ShimJob(disk / name) for name in ("deadline", "idle", "stop")}
+def test_deadline_idle_timeout_and_kill_hold_while_the_disk_stalls_and_are_told_after_it(own_disk: Path) -> None:
+    jobs = {name: ShimJob(own_disk / name) for name in ("deadline", "idle", "stop")}
     jobs["deadline"].shell(CHATTY, timeout=1.0, grace=0.2)
     jobs["idle"].shell(f"{CHATTY.replace(':;', '[ $i -lt 60 ];')}; exec sleep 100", idle_timeout=0.5, grace=0.2)
     jobs["stop"].shell(f"trap : TERM; {CHATTY}")
@@ -69,7 +42,7 @@ def test_deadline_idle_timeout_and_kill_hold_while_the_disk_stalls_and_are_told_
         job.wait_output(b"1\n")
     jobs["stop"].stop(grace=0.5)
     inits = [os.pidfd_open(job.init()) for job in jobs.values()]
-    with stalled(disk):
+    with stalled(own_disk):
         for pidfd in inits:
             wait_dead(pidfd)
             os.close(pidfd)
@@ -83,14 +56,14 @@ def test_deadline_idle_timeout_and_kill_hold_while_the_disk_stalls_and_are_told_
         assert ends[name].lost == 0
 
 
-def test_a_job_that_waits_for_the_disk_is_not_silent(disk: Path) -> None:
-    job = ShimJob(disk / "job")
-    with_go = f"echo up; read _ <{disk}/go; {FLOOD}"
-    os.mkfifo(disk / "go")
+def test_a_job_that_waits_for_the_disk_is_not_silent(own_disk: Path) -> None:
+    job = ShimJob(own_disk / "job")
+    with_go = f"echo up; read _ <{own_disk}/go; {FLOOD}"
+    os.mkfifo(own_disk / "go")
     job.shell(with_go, idle_timeout=0.2)
     job.wait_output(b"up")
-    with stalled(disk):
-        (disk / "go").write_text("go\n")
+    with stalled(own_disk):
+        (own_disk / "go").write_text("go\n")
         wait_until(lambda: is_stuck(job.shim()))
         select.select([], [], [], 0.6)  # the time that it would be given, three times over
         assert job.processes()
@@ -98,12 +71,12 @@ def test_a_job_that_waits_for_the_disk_is_not_silent(disk: Path) -> None:
     assert (end.cause, end.wait_status, end.log_end) == (Cause.OWN, 0, 2_000_003)
 
 
-def test_a_shim_that_is_killed_while_it_waits_for_the_disk_takes_its_job_with_it_at_once(disk: Path) -> None:
-    job = ShimJob(disk / "job")
+def test_a_shim_that_is_killed_while_it_waits_for_the_disk_takes_its_job_with_it_at_once(own_disk: Path) -> None:
+    job = ShimJob(own_disk / "job")
     job.shell(CHATTY)
     job.wait_output(b"1\n")
     init, shim = os.pidfd_open(job.init()), job.shim()
-    with stalled(disk):
+    with stalled(own_disk):
         wait_until(lambda: is_stuck(shim))
         os.kill(shim, signal.SIGKILL)
         wait_dead(init)

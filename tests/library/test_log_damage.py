@@ -15,6 +15,8 @@ from jobrunner.output import Begin, Chunk, Selection
 from tests.library.test_log_reader import Owner, collect, open_log
 from tests.support.logwriter import RECORD, LogWriter
 
+pytestmark = pytest.mark.timeout(240)
+
 CLOCK = 1_700_000_000
 SECOND = 1_000_000_000
 BOTH = frozenset(Stream)
@@ -97,7 +99,7 @@ def selections(draw: st.DrawFn) -> Selection:
     )
 
 
-@settings(max_examples=300, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])
+@settings(max_examples=150, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])
 @given(
     writes=WRITES,
     segment=st.integers(10, 400),

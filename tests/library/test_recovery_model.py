@@ -23,7 +23,7 @@ from jobrunner.shim.exitrecord import LAYOUT, State, parse_exit
 from tests.support.crash import state_of
 from tests.support.runner import open_runner, run, shell
 
-pytestmark = pytest.mark.requires("root")
+pytestmark = [pytest.mark.requires("root"), pytest.mark.timeout(240)]
 
 OUT = b"one\ntwo\n"
 REQUEST = "request"

@@ -137,10 +137,13 @@ def _apparmor() -> Finding:
 
 
 def _core_dumps() -> Finding:
-    """For information: core(5). A pattern that is a pipe is run as root of the host; not for jobs (shim/command.c, seccomp.py)."""
+    """core(5). A pattern that is a pipe is run as root of the host; not for jobs (shim/command.c, seccomp.py)."""
     try:
         pattern = (SYSCTL / "kernel/core_pattern").read_text().strip()
     except OSError:
         pattern = ""
+    if pattern.startswith("@"):
+        what = f"kernel.core_pattern is a socket: its service hears of each job that crashes, which no limit hinders ({pattern})"
+        return Finding(Level.LIMITED, "core dumps", what, "sysctl kernel.core_pattern=core, or a pipe")
     more = f", nor starts {pattern[1:].split(' ')[0]}" if pattern.startswith("|") else ""
     return Finding(Level.OK, "core dumps", f"a job that crashes leaves none{more}")

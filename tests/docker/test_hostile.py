@@ -1,17 +1,21 @@
 """Hostile jobs in the container, where the root is entered by chroot(2) and Docker's own filter is around everything.
 
-The control of each attack is the same program beside the server: `docker exec`, as root with the container's capabilities.
+Once by the server that compose started. There the control is the same program beside it, by `docker exec`: root, with the
+capabilities of the container. Then all of tests/hostile beside it, with the controls that it has everywhere.
 """
 
 from __future__ import annotations
 
 import subprocess
+import tarfile
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import files
 
 import pytest
 
-from tests.docker.stack import Cli, Stack
+from tests.docker.stack import ROOT, Cli, Stack
 from tests.hostile.arena import program, series, series_told, told
 
 SECRET = "5a1f0c3d"
@@ -102,20 +106,65 @@ def test_setuid_programs_give_nothing(stack: Stack, cli: Cli) -> None:
     assert told(container.encode()) == ("succeeded", "root")
 
 
-def test_a_fork_bomb_keeps_nobody_from_anything(cli: Cli) -> None:
-    bomb = cli.start("--pids", "100", "--memory", "128MiB", "--", *program("bombs", "fork_for_ever"))
-    assert cli("run", "--", "echo", "served").out == "served\n"
-    cli("stop", "--grace", "0", bomb)
-    info = cli.info(bomb)
-    assert (info["end_reason"], info["usage"]["pids_peak"]) in (("stopped", 100), ("stopped", None))
+PACKAGES = ("pytest", "pluggy", "iniconfig", "packaging", "pygments", "pytest-asyncio", "pytest-timeout")
+"""What the tests need beside the image's own; without compiled parts, so that this environment's do for the image's Python."""
+THERE = "/var/lib/jobrunner/hostile"
+PLACE = "/var/tmp"
+SUITE = f"""
+mount --bind {THERE} {PLACE}; mount -t tmpfs none /run; cd {PLACE}; ulimit -c unlimited
+exec python -m pytest -p no:cacheprovider --basetemp={PLACE}/pytest --durations=5 -rs "$@"
+"""
+DOCKERS = (
+    # Its filter answers before ours, or denies to everybody what the control needs.
+    "test_filter.py",
+    "test_layers.py::test_keys_of_a_uid_that_comes_again_are_out_of_reach",
+    "test_layers.py::test_the_servers_keys_are_out_of_reach",
+    "test_processes.py::test_the_helpers_program_is_never_written_to",
+    "test_queries.py",
+    # The root is by chroot(2), and read-only; /dev and /proc/sys have no more for root than for a job.
+    "test_layers.py::test_the_devices_of_the_host_are_not_there",
+    "test_host_tables.py::test_huge_pages_of_the_host_are_not_taken",
+    "test_roots.py::test_what_holds_when_nothing_else_does[pivot_root]",
+    # Programs that the image does not have: libcap's, libseccomp's, btrfs's.
+    "test_simulated.py",
+    "test_witnesses.py::test_capsh_finds_no_capability",
+    "test_leavings.py::test_no_file_system_is_left_below_a_directory",
+    # Nobody there makes a device or sets a flag.
+    "test_volume_attacks.py::test_devices_and_setuid_programs_of_a_volume_are_plain_files",
+    "test_volume_attacks.py::test_what_is_no_directory_is_no_volume[cache-make_device]",
+    "test_volume_attacks.py::test_what_is_no_directory_is_no_volume[cache:ro-make_device]",
+    "test_workspace_attacks.py::test_whatever_a_job_leaves_goes_and_nothing_else[flags]",
+)
+"""Tests which have no control in the container."""
+WHAT = ("tests/hostile", "tests/library/test_volume_attacks.py", "tests/library/test_workspace_attacks.py")
 
 
-@pytest.mark.parametrize("bomb", [("memory", "256"), ("memfd", "256"), ("fill", "/dev/shm/bomb", "256")], ids=lambda bomb: bomb[0])
-def test_memory_of_every_kind_is_the_jobs_own(cli: Cli, bomb: tuple[str, ...]) -> None:
-    done = cli("run", "--memory", "64MiB", "--tmp-size", "512MiB", "--", *program("bombs", *bomb), check=False)
-    assert done.code == 137
-    assert "out of memory: the limit is 67108864 bytes" in done.err
-    assert (
-        told(cli("run", "--memory", "512MiB", "--tmp-size", "512MiB", "--", *program("bombs", *bomb)).out.encode())[0]
-        == "succeeded"
-    )
+@pytest.fixture
+def checkout(stack: Stack) -> Iterator[None]:
+    """tests/ and pytest, in the state volume of the server's container."""
+    with tempfile.TemporaryFile() as file:
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            for name in PACKAGES:
+                for path in files(name) or ():
+                    if path.parts[0] != ".." and path.suffix != ".pyc":
+                        archive.add(path.locate(), f"site/{path}")
+            for name in ("tests", "pyproject.toml"):
+                archive.add(ROOT / name, name)
+        file.seek(0)
+        unpack = f"mkdir -m 755 {THERE}; tar -x -C {THERE}"
+        subprocess.run([stack.docker_command, "exec", "-i", stack.container(), "sh", "-c", unpack], stdin=file, check=True)
+    yield
+    stack.inside(f"rm -rf {THERE}")
+
+
+@pytest.mark.timeout(400)
+def test_the_suite_holds_beside_the_server(stack: Stack, checkout: None) -> None:
+    """All of tests/hostile, and what jobs try against volumes and workspaces, as root with the container's capabilities."""
+    environment = {"PYTHONPATH": f"{PLACE}/site", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"JOBRUNNER_IN_CONTAINER": "1", "JOBRUNNER_MUST_RUN": "1"}
+    given = [word for key, value in environment.items() for word in ("--env", f"{key}={value}")]
+    what = [*WHAT, *(f"--deselect=tests/{place}/{test}" for test in DOCKERS for place in ("hostile", "library"))]
+    command = [stack.docker_command, "exec", *given, stack.container(), "unshare", "--mount", "sh", "-c", SUITE, "sh", *what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=380, check=False)
+    print(done.stdout[-2000:])
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -23,6 +23,7 @@ from jobrunner.shim.launch import PROTECTIONS as PROTECT
 from jobrunner.shim.launch import LaunchPlan, pack_plan
 from tests.hostile.inside import base
 from tests.support.runner import open_runner, output
+from tests.support.shim import all_pids, read_proc, status_field
 from tests.support.timing import at_most, fail_after
 
 PYTHON = "/usr/bin/python3"
@@ -161,6 +162,13 @@ class Arena:
         with fail_after(20):
             async with self.bystander.log(before) as reader:
                 await reader.next_line()
+
+
+def process_of(job: RunnerJob, number: int) -> int:
+    """The pid out here of a job's process, by that inside."""
+    mine = [pid for pid in all_pids() if job.job_id.encode() in read_proc(pid, "cgroup")]
+    (pid,) = [pid for pid in mine if status_field(pid, "NSpid").split()[1:] == [str(number)]]
+    return pid
 
 
 def outside(module: str, name: str, *args: str, cwd: Path | None = None) -> str:

@@ -35,6 +35,16 @@ FILTERED = {"seccomp": "EPERM"}
 NOT_OURS = {"uid": "EACCES", "capabilities": "EACCES"}
 REBOOT, SWAPON, ACCT, SYSLOG, DELETE_MODULE, FINIT_MODULE, SETTIMEOFDAY = 169, 167, 163, 103, 176, 313, 164
 UNMAPPED = "8"
+IN_CONTAINER = os.environ.get("JOBRUNNER_IN_CONTAINER") == "1"
+DOCKERS_OWN = {
+    *("pivot_root", "userfaultfd", "hog_keys-20", "file_setattr-.work", "forge_end-1"),
+    *(f"reach-{call}" for call in ("103-10-0-0", "163-8", "164-8-0", "167-8-0", "169-0-0-0", "176-8-0", "313--1-8-0")),
+    *("make_device-.tmp", "raw_socket-inet", "raw_socket-packet"),
+    *(f"{attack}-1" for attack in ("peek", "root_of", "helper_program", "compare", "namespace_of")),
+    "create-.usr.hostile",
+}
+"""What the container denies to everybody, so that it is refused whatever is left out: by Docker's filter, by its read-only root,
+and for want of MKNOD, NET_RAW and SYS_PTRACE."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +60,8 @@ class Case:
     def answers(self) -> dict[frozenset[str], str]:
         """How what it hears begins: with all protections, without all but one of its own, and without any of these."""
         layers = frozenset(self.stopped_by)
+        if IN_CONTAINER and str(self) in DOCKERS_OWN:
+            return dict.fromkeys([frozenset(), *(layers - {layer} for layer in layers), layers], "refused")
         alone = {layers - {layer}: f"refused: {why}" for layer, why in self.stopped_by.items()}
         return {frozenset(): "refused", **alone, layers: "succeeded"}
 

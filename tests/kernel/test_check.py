@@ -335,6 +335,14 @@ def test_a_handler_of_core_dumps_is_told(tmp_path: Path) -> None:
     assert "nor starts /usr/lib/systemd/systemd-coredump" in found["core dumps"]["what"]
 
 
+def test_a_socket_for_core_dumps_is_told(tmp_path: Path) -> None:
+    """Linux 6.16, which connects to it also for who may have no core."""
+    (tmp_path / "pattern").write_text("@@/run/coredump.socket\n")
+    code, found = check(f"mount --bind {tmp_path}/pattern /proc/sys/kernel/core_pattern")
+    assert (code, found["core dumps"]["level"]) == (0, "limited")
+    assert "hears of each job that crashes" in found["core dumps"]["what"]
+
+
 def test_few_ids_are_told_and_the_remedy_helps(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text('job_uids = "1000:100"\n')
     for options, level in (("", "missing"), (f"--config {tmp_path}/settings.toml", "ok")):

@@ -320,6 +320,7 @@ def _limits(what: str, given: Mapping[str, object]) -> dict[str, Limits]:
             raise ConfigError(what, f"{name}.{key}: is not known")
         try:
             tables[name] = Limits(**base | values | dict.fromkeys(unset))
+            tables[name].check_floors()
         except InvalidRequest as exc:
             raise ConfigError(what, f"{name}.{exc.field.removeprefix('limits.')}: {exc.reason}") from exc
     set_by_hand = given["defaults"] if isinstance(given["defaults"], dict) else {}

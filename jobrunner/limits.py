@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import mmap
 from dataclasses import dataclass, fields, replace
 
 from jobrunner.errors import InvalidRequest
@@ -12,9 +13,17 @@ __all__ = ["MAX_IOPS", "Limits", "OutputPolicy", "check_number"]
 MAX_SECONDS = 10 * 365 * 86400.0
 MAX_SIZE = 1 << 62
 MIN_MEMORY = 1 << 20
-MIN_DIRECTORY = 1 << 16
+"""What a C program that does nothing and its pid 1 take, twice over."""
+MIN_DIRECTORY, MAX_DIRECTORY = 1 << 16, 1 << 60
 MAX_IOPS = (1 << 32) - 2
 """The kernel takes 32 bits of operations a second, and all ones for no limit."""
+PAGE = mmap.PAGESIZE
+FLOORS = {
+    "read_bps": (4096, "a page in each second"),
+    "write_bps": (4096, "a page in each second"),
+    "open_files": (4, "the three standard ones, and one to load a program from"),
+}
+"""Limits that the kernel takes, and under which no job can do anything; why."""
 MIN_OUTPUT = 1 << 16
 """The shim writes and drops in eighths of the limit, and no less than 4 KiB at once."""
 
@@ -61,17 +70,28 @@ class Limits:
         for name in ("read_bps", "write_bps", "read_iops", "write_iops", "open_files"):
             _check_count(f"limits.{name}", getattr(self, name), 1, MAX_SIZE)
         for name in ("tmp_size", "work_size"):
-            _check_count(f"limits.{name}", getattr(self, name), MIN_DIRECTORY, MAX_SIZE)
+            _check_count(f"limits.{name}", getattr(self, name), MIN_DIRECTORY, MAX_DIRECTORY)
         _check_count("limits.output_limit", self.output_limit, MIN_OUTPUT, MAX_SIZE)
         check_number("limits.timeout", self.timeout, 0.001, MAX_SECONDS)
         check_number("limits.idle_timeout", self.idle_timeout, 0.001, MAX_SECONDS)
 
     def over(self, defaults: Limits) -> Limits:
-        """These limits, with the defaults' values wherever none is set here: what is applied, and no more than can be."""
+        """These limits, with the defaults' values wherever none is set here."""
         values = {f.name: getattr(defaults if getattr(self, f.name) is None else self, f.name) for f in fields(self)}
-        for name in ("read_iops", "write_iops"):
-            values[name] = values[name] and min(values[name], MAX_IOPS)
         return replace(self, **values)
+
+    def for_kernel(self) -> Limits:
+        """These limits in the kernel's numbers: sizes in whole pages, operations no more than it can count."""
+        pages = {name: size // PAGE * PAGE for name in ("memory", "tmp_size", "work_size") if (size := getattr(self, name))}
+        most = {name: min(rate, MAX_IOPS) for name in ("read_iops", "write_iops") if (rate := getattr(self, name))}
+        return replace(self, **pages, **most)
+
+    def check_floors(self) -> None:
+        """Raise InvalidRequest for the first limit that leaves a job nothing. Records of older servers may have such a one."""
+        for name, (least, why) in FLOORS.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InvalidRequest(f"limits.{name}", f"{value} is below {least}, {why}")
 
     def check_ceilings(self, ceilings: Limits) -> None:
         """Raise InvalidRequest for the first limit that is above its ceiling, or unset where a ceiling is."""

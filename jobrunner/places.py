@@ -30,7 +30,7 @@ from jobrunner.spec import JobSpec
 from jobrunner.statedir import StateDir
 from jobrunner.workspace import Workspaces
 
-__all__ = ["DISK", "MEMORY", "Looks", "check", "defaults", "mounts", "remedy", "root_of", "work_kind"]
+__all__ = ["DISK", "MEMORY", "Looks", "check", "defaults", "directories", "mounts", "remedy", "root_of", "work_kind"]
 
 T = TypeVar("T")
 VOLUMES = "/volumes"
@@ -64,6 +64,12 @@ def check(spec: JobSpec, caller: str, config: RunnerConfig) -> None:
 def root_of(spec: JobSpec, config: RunnerConfig) -> str:
     """The host directory that is the job's root; empty for the host's own programs."""
     return str(config.offers.roots[spec.root]) if spec.root else ""
+
+
+def directories(spec: JobSpec, config: RunnerConfig) -> list[str]:
+    """Host directories that the job sees because the configuration names them."""
+    volumes = [str(config.offers.volumes[_split(text)[0]].path) for text in spec.volumes]
+    return [*volumes, *config.show, *([root_of(spec, config)] if spec.root else [])]
 
 
 def defaults(config: RunnerConfig, projects: Projects) -> Limits:
@@ -152,6 +158,7 @@ NO_RIGHT = "the server lacks CAP_FOWNER, or a security module denies overlays; s
 NO_OVERLAY = "this kernel has no overlay file system: modprobe overlay, or start it without --writable"
 LAYERS = "the directories of the root, and its /etc, do not fit into tmp_size; start it with a higher one"
 HANGS = "a file system of its root or its volumes does not answer, or its CPU limit is too small to be born under"
+FILES = "limits.open_files is above what this host allows its server: ulimit -Hn, LimitNOFILE= of a unit, fs.nr_open"
 REMEDIES = {
     ("idmap", errno.EINVAL): MAPPED,
     ("volume", errno.ELOOP): LINK,
@@ -161,6 +168,7 @@ REMEDIES = {
     ("overlay", errno.ENODEV): NO_OVERLAY,
     ("overlay", errno.ENOSPC): LAYERS,
     ("init", errno.ETIMEDOUT): HANGS,
+    ("rlimit", errno.EPERM): FILES,
 }
 """By step and errno."""
 

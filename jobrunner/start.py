@@ -80,6 +80,7 @@ class Starts:
         config, running = self._runner.config, self._runner.running_jobs
         places.check(spec, user, config)
         limits = spec.limits.over(self._runner.defaults)
+        limits.check_floors()
         limits.check_ceilings(config.ceilings)
         if self._runner.closing:
             raise Unavailable(f"cannot start job: the server is {self._runner.closing}")
@@ -88,7 +89,7 @@ class Starts:
         most = config.max_running_per_user
         if sum(job.record.user == user for job in running.values()) + self.under_way[user] >= most:
             raise LimitReached("start job", "max_running_per_user", f'{most} jobs of user "{user}" are running; stop one')
-        return limits
+        return limits.for_kernel()
 
     async def _start(self, spec: JobSpec, mark: str, limits: Limits, user: str) -> RunnerJob:
         try:
@@ -117,11 +118,9 @@ class Starts:
             runner.workspaces.release(job_id)
             runner.identities.give_back(uid)
             raise
-        missing, work = (
-            (*cgroup.missing, *identity(self._own_ids(spec) is not None)),
-            places.work_kind(limits, runner.state.projects),
-        )
-        record = JobRecord(job_id, spec, limits, user, config.node, time.time(), mark, cgroup.paths, missing, uid, gid, work)
+        missing = (*cgroup.missing, *identity(self._own_ids(spec) is not None))
+        work, created, node = places.work_kind(limits, runner.state.projects), time.time(), config.node
+        record = JobRecord(job_id, spec, cgroup.limits, user, node, created, mark, cgroup.paths, missing, uid, gid, work)
         return record, cgroup
 
     def _own_ids(self, spec: JobSpec) -> SubIds | None:
@@ -137,7 +136,7 @@ class Starts:
     def _make_cgroup(self, job_id: str, spec: JobSpec, limits: Limits) -> JobCgroup:
         runner = self._runner
         explicit = {f.name for f in fields(Limits) if getattr(spec.limits, f.name) is not None}
-        disks = disk.disks_under([runner.state.path, "/", *disk.mounted_on_disks()])
+        disks = disk.disks_seen([runner.state.path, "/"], places.directories(spec, runner.config))
         return runner.cgroups.create(job_id, limits, disks, runner.config.allow_missing, explicit)
 
     async def _launch(self, launcher: Launcher, record: JobRecord, cgroup: JobCgroup) -> float:

@@ -32,6 +32,10 @@ class JobCgroup(Protocol):
         """Directories by hierarchy, for job.json; enough for `CgroupHost.reopen`."""
 
     @property
+    def limits(self) -> Limits:
+        """Of `create`: the limits as the kernel has them, None for one that is missing."""
+
+    @property
     def missing(self) -> tuple[str, ...]:
         """What is not limited, or not in full; one sentence each."""
 

@@ -19,6 +19,7 @@ __all__ = ["LIMITS", "NoCgroup", "NoCgroupHost"]
 
 LIMITS = ("cpus", "memory", "pids", "read_bps", "write_bps", "read_iops", "write_iops")
 OWN_TASK_COUNT = (5, 14)
+NO_LIMITS = Limits()
 
 
 class NoCgroup:
@@ -26,8 +27,9 @@ class NoCgroup:
 
     paths: Mapping[str, str] = {}
 
-    def __init__(self, pids: int | None = None, missing: tuple[str, ...] = ()) -> None:
+    def __init__(self, pids: int | None = None, missing: tuple[str, ...] = (), limits: Limits = NO_LIMITS) -> None:
         self.missing = missing
+        self.limits = limits
         self._pids = pids
 
     def __repr__(self) -> str:
@@ -76,7 +78,7 @@ class NoCgroupHost:
         for name in wanted:
             remedy = f"; {kernfs.remedy()}: allow_missing = [{needed}]" if needed else ""
             outcome.not_applied(name, self.why + remedy)
-        return NoCgroup(pids, tuple(outcome.missing))
+        return NoCgroup(pids, tuple(outcome.missing), outcome.applied(limits))
 
     def reopen(self, job_id: str, paths: Mapping[str, str]) -> NoCgroup:
         return NoCgroup()

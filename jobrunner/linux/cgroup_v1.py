@@ -8,7 +8,6 @@ Documentation/scheduler/sched-bwc.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from jobrunner.linux import kernfs
 from jobrunner.linux.above import above
 from jobrunner.linux.counters import Counter, usage_of
 from jobrunner.linux.disk import Disk
-from jobrunner.linux.kernfs import Outcome, set_and_check, write_if_there
+from jobrunner.linux.kernfs import PERIOD, Outcome, set_and_check, write_if_there
 from jobrunner.linux.mountinfo import CONTROLLERS, CgroupMount, cgroup_version
 from jobrunner.linux.user import is_root
 
@@ -32,15 +31,12 @@ SHIM, JOB = "shim", "job"
 together, or hundreds of them would keep it from its timers. JOB has the same limit again, to be read there."""
 CPUSET = "cpuset"
 """A hierarchy that limits nothing here, and without which a JVM takes all others for broken: jobs see an empty cgroup of it."""
-PERIOD = 100_000
-"""Microseconds: the kernel's default for cpu.cfs_period_us."""
-MIN_QUOTA = 1000
-MAX_PERIOD = 1_000_000
 BUFFERED = "disk writes: cgroup v1 limits direct and synced writes only, buffered writes are not limited"
 SWAP = "memory: swap is not limited, the kernel does not account it (boot with swapaccount=1)"
 
 
 THROTTLES = ("read_bps", "write_bps", "read_iops", "write_iops")
+NO_LIMITS = Limits()
 
 
 class CgroupV1:
@@ -53,8 +49,10 @@ class CgroupV1:
         missing: tuple[str, ...] = (),
         cpuset: Path | None = None,
         throttles: Collection[str] = THROTTLES,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         self.missing = missing
+        self.limits = limits
         self._directories = directories
         self._cpuset = cpuset
         self._throttles = [directories["blkio"] / f"blkio.throttle.{name}_device" for name in throttles if "blkio" in directories]
@@ -234,8 +232,9 @@ class CgroupV1Host:
             self._limit_pids(directories, limits, outcome)
             _limit_disks(directories.get("blkio"), self._lacks("blkio"), limits, disks, outcome)
             outcome.missing += self._above.notes(limits)
-            throttles = [name for name in THROTTLES if getattr(limits, name) is not None]
-            return CgroupV1(directories, self._files, tuple(outcome.missing), self._cpuset, throttles)
+            applied = outcome.applied(limits)
+            throttles = [name for name in THROTTLES if getattr(applied, name) is not None]
+            return CgroupV1(directories, self._files, tuple(outcome.missing), self._cpuset, throttles, applied)
         except BaseException:
             kernfs.remove(made)
             raise
@@ -263,23 +262,23 @@ class CgroupV1Host:
             return
         outcome.attempt("cpus", partial(self._set_quota, directories["cpu"], limits.cpus))
 
-    def _set_quota(self, directory: Path, cpus: float) -> None:
-        period = min(MAX_PERIOD, max(PERIOD, math.ceil(MIN_QUOTA / cpus)))
-        quota = str(max(MIN_QUOTA, round(cpus * period)))
-        if period != PERIOD:
-            set_and_check(f"{directory}/cpu.cfs_period_us", str(period), lambda text: text.strip() == str(period))
+    def _set_quota(self, directory: Path, cpus: float) -> float:
+        quota, period = map(str, kernfs.quota_of(cpus))
+        if period != str(PERIOD):
+            set_and_check(f"{directory}/cpu.cfs_period_us", period, lambda text: text == period)
         try:
-            set_and_check(f"{directory}/cpu.cfs_quota_us", quota, lambda text: text.strip() == quota)
+            set_and_check(f"{directory}/cpu.cfs_quota_us", quota, lambda text: text == quota)
         except OSError:
             # v1 refuses a quota above an ancestor's. Then the ancestor's is the tighter limit, and it holds.
             if self._above.cpus > cpus:
                 raise
-            return
+            return cpus
         # What a JVM, Node or Go goes by is read in the cgroup that it is in. What is left over may be used up later, as much as a
         # period has: so it never holds the job back before the limit itself does, which counts how long it did (Linux 5.14).
-        files = {"cfs_period_us": str(period)} if period != PERIOD else {}  # each write is a walk over all cgroups
+        files = {"cfs_period_us": period} if period != str(PERIOD) else {}  # each write is a walk over all cgroups
         for file, text in (files | {"cfs_quota_us": quota, "cfs_burst_us": quota}).items():
             write_if_there(directory / JOB / f"cpu.{file}", text)
+        return int(quota) / int(period)
 
     def _limit_memory(self, directories: Mapping[str, Path], limits: Limits, outcome: Outcome) -> None:
         if limits.memory is None:
@@ -289,16 +288,17 @@ class CgroupV1Host:
             return
         outcome.attempt("memory", partial(self._set_memory, directories["memory"], limits.memory, outcome))
 
-    def _set_memory(self, directory: Path, size: int, outcome: Outcome) -> None:
-        set_and_check(f"{directory}/memory.limit_in_bytes", str(size), kernfs.same_pages(size))
+    def _set_memory(self, directory: Path, size: int, outcome: Outcome) -> int:
+        now = int(set_and_check(f"{directory}/memory.limit_in_bytes", str(size), kernfs.same_pages(size)))
         # What TCP and UDP hold in the kernel is on an account of its own, and on none before it has a limit (cgroup-v1/memory.rst).
         write_if_there(f"{directory}/memory.kmem.tcp.limit_in_bytes", str(size))
         if "memory.memsw.limit_in_bytes" in self._files:  # memory and swap together, so the same limit leaves no swap
             set_and_check(f"{directory}/memory.memsw.limit_in_bytes", str(size), kernfs.same_pages(size))
-            return
+            return now
         write_if_there(f"{directory}/memory.swappiness", "0")
         if kernfs.has_swap():
             outcome.missing.append(SWAP)
+        return now
 
     def _limit_pids(self, directories: Mapping[str, Path], limits: Limits, outcome: Outcome) -> None:
         if limits.pids is None:
@@ -308,7 +308,7 @@ class CgroupV1Host:
             return
         text = str(limits.pids)
         file = f"{directories['pids']}/pids.max"
-        outcome.attempt("pids", lambda: set_and_check(file, text, lambda now: now.strip() == text))
+        outcome.attempt("pids", lambda: int(set_and_check(file, text, lambda now: now == text)))
 
 
 def _limit_disks(directory: Path | None, lacks: str, limits: Limits, disks: Sequence[Disk], outcome: Outcome) -> None:
@@ -323,10 +323,8 @@ def _limit_disks(directory: Path | None, lacks: str, limits: Limits, disks: Sequ
         elif not devices:
             reason = "; ".join(disk.reason for disk in disks) or "no disk is known"
             outcome.not_applied(name, reason, only_if_explicit=True)
-        else:
-            before = len(outcome.missing)
-            outcome.attempt(name, partial(_throttle, directory, name, value, devices))
-            applied |= {name} if len(outcome.missing) == before else set()
+        elif outcome.attempt(name, partial(_throttle, directory, name, value, devices)):
+            applied.add(name)
     if applied & {"write_bps", "write_iops"}:
         outcome.missing.append(BUFFERED)
     if applied:
@@ -336,11 +334,12 @@ def _limit_disks(directory: Path | None, lacks: str, limits: Limits, disks: Sequ
             write_if_there(f"{directory}/blkio.throttle.read_bps_device", f"{device} 0")
 
 
-def _throttle(directory: Path, name: str, value: int, devices: Sequence[str]) -> None:
+def _throttle(directory: Path, name: str, value: int, devices: Sequence[str]) -> int:
     value = min(value, MAX_IOPS) if name.endswith("iops") else value
     for device in devices:
         line = f"{device} {value}"
         set_and_check(f"{directory}/blkio.throttle.{name}_device", line, partial(_has_line, line))
+    return value
 
 
 def _has_line(line: str, text: str) -> bool:

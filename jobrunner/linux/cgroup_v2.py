@@ -12,7 +12,6 @@ OWN                 where the server was started; subtree_control: all that is t
 from __future__ import annotations
 
 import errno
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -31,9 +30,7 @@ from jobrunner.linux.mountinfo import CgroupMount
 __all__ = ["CgroupV2", "CgroupV2Host"]
 
 CONTROLLERS = ("cpu", "memory", "pids", "io")
-PERIOD = 100_000
-MIN_QUOTA = 1000
-MAX_PERIOD = 1_000_000
+NO_LIMITS = Limits()
 IO_KEYS = {"read_bps": "rbps", "write_bps": "wbps", "read_iops": "riops", "write_iops": "wiops"}
 SERVER_LEAF = re.compile(r"/jobrunner-[^/]+/server$")
 """Where a server that had to make room has moved to. One opened after it by the same process starts above that, not in it."""
@@ -43,8 +40,9 @@ SWAP = "memory: swap is not limited, the kernel does not account it (boot with s
 class CgroupV2:
     """One job's directory with its two children."""
 
-    def __init__(self, directory: Path, missing: tuple[str, ...] = ()) -> None:
+    def __init__(self, directory: Path, missing: tuple[str, ...] = (), limits: Limits = NO_LIMITS) -> None:
         self.missing = missing
+        self.limits = limits
         self._top = directory
         self._shim = directory / "shim"
         self._job = directory / "job"
@@ -149,7 +147,7 @@ class CgroupV2Host:
             self._limit(top, limits, outcome)
             self._limit_disks(top / "job", limits, disks, outcome)
             outcome.missing += self._above.notes(limits)
-            return CgroupV2(top, tuple(outcome.missing))
+            return CgroupV2(top, tuple(outcome.missing), outcome.applied(limits))
         except BaseException:
             kernfs.remove(made)
             raise
@@ -188,8 +186,7 @@ class CgroupV2Host:
                 reason = "; ".join(disk.reason for disk in disks) or "no disk is known"
                 outcome.not_applied(limit, reason, only_if_explicit=True)
             else:
-                applied = True
-                outcome.attempt(limit, partial(_set_io, job, key, value, devices))
+                applied |= outcome.attempt(limit, partial(_set_io, job, key, value, devices))
         if applied:
             outcome.missing += [
                 f"disk I/O: not limited where {disk.reason}" for disk in disks if not disk.device and not disk.memory
@@ -223,33 +220,37 @@ def _hand_down_from(top: Path, base: Path, controllers: Iterable[str]) -> None:
             raise HostError(f"cannot hand down cgroup controllers from {top}: {reason}") from again
 
 
-def _set_cpu(top: Path, cpus: float) -> None:
-    period = min(MAX_PERIOD, max(PERIOD, math.ceil(MIN_QUOTA / cpus)))
-    text = f"{max(MIN_QUOTA, round(cpus * period))} {period}"
-    set_and_check(top / "cpu.max", text, lambda now: now.strip() == text)
+def _set_cpu(top: Path, cpus: float) -> float:
+    quota, period = kernfs.quota_of(cpus)
+    text = f"{quota} {period}"
+    set_and_check(top / "cpu.max", text, lambda now: now == text)
     # What a JVM, Node or Go goes by is read in the cgroup that it is in. What is left over may be used up later, as much as a
     # period has: so it never holds the job back before the limit itself does, which counts how long it did (Linux 5.14).
     write_if_there(top / "job" / "cpu.max", text)
-    write_if_there(top / "job" / "cpu.max.burst", text.split()[0])
+    write_if_there(top / "job" / "cpu.max.burst", str(quota))
+    return quota / period
 
 
-def _set_memory(job: Path, size: int, outcome: Outcome) -> None:
-    set_and_check(job / "memory.max", str(size), kernfs.same_pages(size))
+def _set_memory(job: Path, size: int, outcome: Outcome) -> int:
+    now = int(set_and_check(job / "memory.max", str(size), kernfs.same_pages(size)))
     write_if_there(job / "memory.oom.group", "1")
     if (job / "memory.swap.max").exists():
-        set_and_check(job / "memory.swap.max", "0", lambda now: now.strip() == "0")
+        set_and_check(job / "memory.swap.max", "0", lambda text: text == "0")
     elif kernfs.has_swap():
         outcome.missing.append(SWAP)
+    return now
 
 
-def _set_pids(job: Path, most: int) -> None:
-    set_and_check(job / "pids.max", str(most), lambda now: now.strip() == str(most))
+def _set_pids(job: Path, most: int) -> int:
+    return int(set_and_check(job / "pids.max", str(most), lambda now: now == str(most)))
 
 
-def _set_io(job: Path, key: str, value: int, devices: Sequence[str]) -> None:
-    word = f"{key}={min(value, MAX_IOPS) if key.endswith('iops') else value}"
+def _set_io(job: Path, key: str, value: int, devices: Sequence[str]) -> int:
+    value = min(value, MAX_IOPS) if key.endswith("iops") else value
+    word = f"{key}={value}"
     for device in devices:
         set_and_check(job / "io.max", f"{device} {word}", partial(_has_word, device, word))
+    return value
 
 
 def _has_word(device: str, word: str, text: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from jobrunner.job import Usage
+from jobrunner.linux.disk import passes_on
 from jobrunner.linux.kernfs import read
 
 __all__ = ["Counter", "usage_of"]
@@ -50,7 +51,7 @@ def usage_of(counters: Iterable[Counter]) -> Usage:
     for counter in counters:
         if counter.path not in texts:
             try:
-                texts[counter.path] = read(counter.path)
+                texts[counter.path] = _of_disks(read(counter.path))
             except OSError:
                 texts[counter.path] = None
         text = texts[counter.path]
@@ -58,3 +59,10 @@ def usage_of(counters: Iterable[Counter]) -> Usage:
         seconds = counter.field in FIELDS and value is not None
         found[FIELDS.get(counter.field, counter.field)] = value / 1e9 if seconds and value is not None else value
     return Usage(**found)  # type: ignore[arg-type]  # the fields' types are those of the table
+
+
+def _of_disks(text: str) -> str:
+    """Without the lines of block devices that pass on what they are asked: those that they are made of have lines for it."""
+    devices = dict.fromkeys(line.partition(" ")[0] for line in text.splitlines() if ":" in line)
+    stacked = {device for device in devices if passes_on(device)}
+    return "".join(line for line in text.splitlines(keepends=True) if line.partition(" ")[0] not in stacked) if stacked else text

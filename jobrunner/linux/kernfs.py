@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anyio
 
 from jobrunner.errors import HostError
+from jobrunner.job import Limits
 from jobrunner.linux.user import is_root
 
 __all__ = [
+    "PERIOD",
     "LimitNotApplied",
     "Outcome",
     "can_enter",
@@ -23,6 +28,7 @@ __all__ = [
     "kill_members",
     "lift_io",
     "make",
+    "quota_of",
     "read",
     "remedy",
     "remove",
@@ -33,6 +39,10 @@ __all__ = [
     "write_if_there",
 ]
 
+PERIOD = 100_000
+"""Microseconds of a CPU limit's period: the kernel's default."""
+MIN_QUOTA = 1000
+MAX_PERIOD = 1_000_000
 BATCH = 256
 """Processes signalled at once: a file descriptor each."""
 ROUNDS = 16
@@ -58,10 +68,11 @@ class LimitNotApplied(HostError):
 
 
 class Outcome:
-    """What came of a job's limits: collects what is missing, or raises."""
+    """What came of a job's limits: collects what is missing and what the kernel says that it has, or raises."""
 
     def __init__(self, allow_missing: Collection[str], explicit: Collection[str]) -> None:
         self.missing: list[str] = []
+        self._applied: dict[str, Any] = {}
         self._allowed = allow_missing
         self._explicit = explicit
 
@@ -70,13 +81,20 @@ class Outcome:
         if limit not in self._allowed and not (only_if_explicit and limit not in self._explicit):
             raise LimitNotApplied(limit, reason)
         self.missing.append(f"{limit}: not limited: {reason}")
+        self._applied[limit] = None
 
-    def attempt(self, limit: str, apply: Callable[[], None]) -> None:
-        """Apply one limit; an OSError, or what `set_and_check` finds, is the reason why it is not."""
+    def attempt(self, limit: str, apply: Callable[[], float]) -> bool:
+        """Apply one limit, which gives what it is then. An OSError, or what `set_and_check` finds, is the reason why it is not."""
         try:
-            apply()
+            self._applied[limit] = apply()
         except OSError as exc:
             self.not_applied(limit, exc.strerror or str(exc))
+            return False
+        return True
+
+    def applied(self, limits: Limits) -> Limits:
+        """These, as the kernel has them; None for what is missing."""
+        return replace(limits, **self._applied)
 
 
 def remedy() -> str:
@@ -131,11 +149,18 @@ def lift_io(path: str | Path) -> None:
             write_if_there(path, f"{device} rbps=max wbps=max riops=max wiops=max" if "=" in line else f"{device} 0")
 
 
-def set_and_check(path: str | Path, text: str, kept: Callable[[str], bool]) -> None:
-    """Write a value and read it back: a kernel that takes it and does something else is told as OSError too."""
-    now = write(path, text, os.O_RDWR)
+def set_and_check(path: str | Path, text: str, kept: Callable[[str], bool]) -> str:
+    """Write a value, and give what is read back: a kernel that takes it and does something else is told as OSError too."""
+    now = write(path, text, os.O_RDWR).strip()
     if not kept(now):
-        raise OSError(0, f"{path}: {text!r} was written, and it is {now.strip()!r}")
+        raise OSError(0, f"{path}: {text!r} was written, and it is {now!r}")
+    return now
+
+
+def quota_of(cpus: float) -> tuple[int, int]:
+    """A CPU limit as the kernel takes it, microseconds of each period: Documentation/scheduler/sched-bwc."""
+    period = min(MAX_PERIOD, max(PERIOD, math.ceil(MIN_QUOTA / cpus)))
+    return max(MIN_QUOTA, round(cpus * period)), period
 
 
 def same_pages(size: int) -> Callable[[str], bool]:

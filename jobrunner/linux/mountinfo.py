@@ -30,6 +30,8 @@ _OCTAL = re.compile(rb"\\([0-7]{3})")
 class Mount:
     """One line of mountinfo."""
 
+    device: str
+    """MAJOR:MINOR; major 0 is no device's."""
     root: str
     """The directory of the file system that is mounted."""
     point: str
@@ -65,8 +67,8 @@ def parse_mountinfo(raw: bytes) -> tuple[Mount, ...]:
         left, separator, right = line.partition(b" - ")
         fields, tail = left.split(b" "), right.split(b" ")
         if separator and len(fields) >= 6 and len(tail) >= 3:
-            root, point, fstype, source = (_text(field) for field in (fields[3], fields[4], tail[0], tail[1]))
-            mounts.append(Mount(root, point, fstype, source, tuple(_text(tail[2]).split(","))))
+            device, root, point, fstype, source = map(_text, (*fields[2:5], *tail[:2]))
+            mounts.append(Mount(device, root, point, fstype, source, tuple(_text(tail[2]).split(","))))
     return tuple(mounts)
 
 

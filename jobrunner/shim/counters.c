@@ -2,8 +2,10 @@
  * Counters of the job's cgroups (docs/formats.md, Counters). Their files are opened before the job exists and read when it is gone.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -60,15 +62,63 @@ int counters_open(const struct plan *plan, struct report *why)
 	return 0;
 }
 
-/* The whole file in `scratch`, as text; false if it cannot be read. */
-static bool read_text(int fd)
+static bool is_there(const char *device, const char *what)
 {
-	size_t size = 0;
-	ssize_t n;
-	while ((n = pread(fd, scratch + size, sizeof scratch - 1 - size, (off_t)size)) > 0)
-		size += (size_t)n;
-	scratch[size] = '\0';
-	return n == 0;
+	char path[80];
+	return snprintf(path, sizeof path, "/sys/dev/block/%s/%s", device, what) < (int)sizeof path && access(path, F_OK) == 0;
+}
+
+static bool has_members(const char *device)
+{
+	char path[80];
+	snprintf(path, sizeof path, "/sys/dev/block/%s/slaves", device);
+	DIR *members = opendir(path);
+	int n = 0;
+	while (members && n < 3 && readdir(members))
+		n++;
+	if (members)
+		closedir(members);
+	return n > 2; /* . and .. */
+}
+
+/* Of md: a thread of the kernel's own writes to the members. */
+static bool is_parity_raid(const char *device)
+{
+	char path[80], level[8] = "";
+	snprintf(path, sizeof path, "/sys/dev/block/%s/md/level", device);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return false;
+	bool known = read(fd, level, sizeof level - 1) > 0;
+	close(fd);
+	return known && (strncmp(level, "raid4", 5) == 0 || strncmp(level, "raid5", 5) == 0 || strncmp(level, "raid6", 5) == 0);
+}
+
+/*
+ * Take the lines out of `scratch` that begin with a block device which passes on what it is asked, as a logical volume does: those that
+ * it is made of have lines for it (linux/disk.py).
+ */
+static void leave_out_stacked(void)
+{
+	char last[24] = "", *to = scratch;
+	bool out = false;
+	for (char *line = scratch, *next; *line; line = next) {
+		next = line + strcspn(line, "\n");
+		next += *next == '\n';
+		size_t length = strspn(line, "0123456789:");
+		if (length && length < sizeof last && line[length] == ' ' && (strlen(last) != length || memcmp(line, last, length))) {
+			memcpy(last, line, length);
+			last[length] = '\0';
+			out = has_members(last) && !is_there(last, "mq") && !is_parity_raid(last);
+		} else if (!length) {
+			out = false;
+		}
+		if (!out) {
+			memmove(to, line, (size_t)(next - line));
+			to += next - line;
+		}
+	}
+	*to = '\0';
 }
 
 /*
@@ -94,7 +144,10 @@ static uint64_t find_value(const char *key)
 /* One number of a file that is open. */
 uint64_t counter_in(int fd, const char *key)
 {
-	return read_text(fd) ? find_value(key) : UNKNOWN;
+	if (!read_text(fd))
+		return UNKNOWN;
+	leave_out_stacked();
+	return find_value(key);
 }
 
 /* All counters as they are now; UNKNOWN where the host does not tell. */

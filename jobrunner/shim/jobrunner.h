@@ -94,6 +94,7 @@ int fail(struct report *why, const char *step, int error, const char *detail);
 bool say(int fd, const struct report *report);
 bool hear(int fd, struct report *report);
 bool write_all(int fd, const void *data, size_t size);
+bool read_text(int fd);
 bool copy_all(int from, int to);
 uint32_t crc32_of(const void *data, size_t size);
 pid_t spawn(uint64_t flags, int cgroup2, int *pidfd);

@@ -15,10 +15,10 @@
 /* One line for each device that has a limit: `MAJOR:MINOR NUMBER` in v1's files, `MAJOR:MINOR rbps=NUMBER ...` in io.max. */
 static void lift_io(int file)
 {
-	char text[2048], order[128];
-	ssize_t n = pread(file, text, sizeof text - 1, 0);
-	text[n > 0 ? n : 0] = '\0';
-	for (char *line = text, *end; (end = strchr(line, '\n')); line = end + 1) {
+	char order[128];
+	if (!read_text(file))
+		return;
+	for (char *line = scratch, *end; (end = strchr(line, '\n')); line = end + 1) {
 		*end = '\0';
 		int length = snprintf(order, sizeof order, "%.*s %s", (int)strcspn(line, " "), line,
 				      strchr(line, '=') ? NO_V2_LIMIT : NO_V1_LIMIT);

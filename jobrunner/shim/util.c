@@ -58,6 +58,17 @@ bool write_all(int fd, const void *data, size_t size)
 	return true;
 }
 
+/* The whole file in `scratch`, as text; false if it cannot be read. */
+bool read_text(int fd)
+{
+	size_t size = 0;
+	ssize_t n;
+	while ((n = pread(fd, scratch + size, sizeof scratch - 1 - size, (off_t)size)) > 0)
+		size += (size_t)n;
+	scratch[size] = '\0';
+	return n == 0;
+}
+
 /* What is left of a file, through `scratch`. */
 bool copy_all(int from, int to)
 {

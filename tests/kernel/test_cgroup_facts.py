@@ -8,7 +8,7 @@ import pytest
 
 from jobrunner.job import Usage
 from jobrunner.linux.counters import Counter, usage_of
-from jobrunner.linux.disk import Disk, disks_under
+from jobrunner.linux.disk import Disk, disks_seen, disks_under, passes_on
 from jobrunner.linux.mountinfo import cgroup_mounts, mount_of, own_cgroups, parse_mountinfo
 
 DOCKER_V1 = rb"""
@@ -105,12 +105,12 @@ def test_a_partition_is_limited_at_its_disk(tmp_path: Path) -> None:
     assert disks_under([tmp_path, tmp_path / "devices"], tmp_path) == [Disk("77:0", str(tmp_path))]
 
 
-def test_a_logical_volume_is_limited_at_every_disk_below(tmp_path: Path) -> None:
+def test_a_logical_volume_is_limited_and_every_disk_below_it_too(tmp_path: Path) -> None:
     device(tmp_path, "77:0", "sdx")
     device(tmp_path, "77:1", "sdx/sdx1", partition=True)
     device(tmp_path, "77:16", "sdy")
     device(tmp_path, number_of(tmp_path), "dm-0", members=("sdx/sdx1", "sdy"))
-    assert [disk.device for disk in disks_under([tmp_path], tmp_path)] == ["77:0", "77:16"]
+    assert [disk.device for disk in disks_under([tmp_path], tmp_path)] == [number_of(tmp_path), "77:0", "77:16"]
 
 
 def test_a_path_without_a_disk_says_why(tmp_path: Path) -> None:
@@ -118,3 +118,20 @@ def test_a_path_without_a_disk_says_why(tmp_path: Path) -> None:
     assert (memory.device, memory.memory, memory.reason) == ("", True, "/dev/shm is on tmpfs, which is memory")
     assert (proc.device, proc.memory, proc.reason) == ("", False, "/proc is on proc, which has no disk here")
     assert absent.reason == f"{tmp_path / 'absent'}: No such file or directory"
+
+
+def test_no_file_server_is_asked_for_what_is_under_a_path() -> None:
+    (proc,) = (disk for disk in disks_seen([], ["/proc/not/there"]) if not disk.device)
+    assert (proc.path, proc.reason) == ("/proc/not/there", "/proc/not/there is on proc, which has no disk here")
+
+
+@pytest.mark.parametrize(("made", "passed"), [("dm-0", True), ("mq", False), ("md/raid1", True), ("md/raid6", False), ("", False)])
+def test_what_a_device_is_made_of_is_asked_in_its_place(tmp_path: Path, made: str, passed: bool) -> None:
+    device(tmp_path, "77:0", "sdx")
+    device(tmp_path, "77:9", "upper", members=("sdx",) if made else ())
+    if made == "mq":
+        (tmp_path / "devices/upper/mq").mkdir()
+    elif made.startswith("md/"):
+        (tmp_path / "devices/upper/md").mkdir()
+        (tmp_path / "devices/upper/md/level").write_text(f"{made[3:]}\n")
+    assert passes_on("77:9", tmp_path) == passed

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+import math
+import os
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,8 @@ import pytest
 from jobrunner import JobSpec, Limits
 from jobrunner.errors import StopFailed
 from jobrunner.runner import RunnerJob
-from tests.support.cgroups import lower_cpus, member_directories
+from tests.support.cgroups import limits_in_kernel, lower_cpus, member_directories
+from tests.support.disks import KINDS
 from tests.support.runner import open_runner, run, run_output, shell
 from tests.support.timing import at_most, fail_after
 
@@ -166,10 +167,10 @@ async def test_a_write_limit_holds_for_direct_writes(tmp_path: Path) -> None:
     assert held.usage.write_bytes >= 20 * MIB
 
 
-@pytest.mark.parametrize("limits", [Limits(write_bps=2), Limits(write_iops=2)], ids=["bytes", "operations"])
+@pytest.mark.parametrize("limits", [Limits(write_bps=4096), Limits(write_iops=2)], ids=["bytes", "operations"])
 @pytest.mark.parametrize("how", ["a stop", "a deadline"])
 async def test_who_waits_for_the_disk_is_ended_all_the_same(tmp_path: Path, limits: Limits, how: str) -> None:
-    """Such a process takes no signal, and what it waits for is hundreds of thousands of seconds away, or half an hour."""
+    """Such a process takes no signal, and what it waits for is a quarter of an hour away, or half an hour."""
     script = "dd if=/dev/zero of=synced bs=1M count=4 conv=fsync & dd if=/dev/zero of=direct bs=4k count=4000 oflag=direct"
     timeout = replace(limits, timeout=at_most(2) if how == "a deadline" else None)
     async with open_runner(tmp_path) as runner:
@@ -213,6 +214,24 @@ async def test_the_servers_defaults_always_apply(tmp_path: Path) -> None:
     assert (limits.read_bps, limits.write_bps) == (100_000_000, 100_000_000)
 
 
+async def test_what_is_told_of_limits_is_what_the_kernel_has(tmp_path: Path) -> None:
+    """In its own numbers: whole pages, whole microseconds of a period."""
+    asked = Limits(cpus=0.123456, memory=64 * MIB + 100, pids=77, open_files=99, tmp_size=MIB + 5000, work_size=2 * MIB + 5000)
+    asked = replace(asked, read_bps=5_000_001, write_bps=6_000_001, read_iops=1 << 40, write_iops=80)
+    script = "ulimit -n; stat -f -c '%b*%S' /tmp /dev/shm /work; exec sleep 600"
+    async with open_runner(tmp_path) as runner:
+        job = await runner.start(shell(script, limits=asked))
+        async with job.log() as reader:
+            lines = [await reader.next_line() for _ in range(4)]
+        assert job.cgroup is not None
+        in_kernel, told = limits_in_kernel(job.cgroup), job.info().limits
+    files, *sizes = (line.data.decode() for line in lines if line is not None)
+    tmp, shm, work = (math.prod(map(int, size.split("*"))) for size in sizes)
+    assert {name: getattr(told, name) for name in in_kernel} == in_kernel
+    assert (told.open_files, told.tmp_size, told.tmp_size, told.work_size) == (int(files), tmp, shm, work)
+    assert (told.cpus, told.memory, told.read_iops) == (0.12346, 64 * MIB, (1 << 32) - 2)
+
+
 async def test_a_flood_of_output_is_paid_for_by_the_job(tmp_path: Path) -> None:
     async with open_runner(tmp_path) as runner:
         job = await runner.start(shell("exec yes", limits=Limits(cpus=0.2, timeout=3)))
@@ -227,27 +246,14 @@ async def test_a_flood_of_output_is_paid_for_by_the_job(tmp_path: Path) -> None:
     assert used.throttled > 0
 
 
-@pytest.fixture
-def other_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system on a block device of its own, with 20 MiB on it."""
-    image, mounted = tmp_path / "image", tmp_path / "mounted"
-    mounted.mkdir()
-    with image.open("wb") as file:
-        file.truncate(64 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
-    subprocess.run(["mount", "-o", "loop", str(image), str(mounted)], check=True)
-    (mounted / "file").write_bytes(b"x" * 20 * MIB)
-    subprocess.run(["sync", str(mounted / "file")], check=True)
-    yield mounted
-    subprocess.run(["umount", "-l", str(mounted)], check=True)
-
-
-@pytest.mark.generation("v1")  # the virtual machine has no loop device
 @pytest.mark.requires("command:mkfs.ext4")
-async def test_a_limit_holds_on_every_disk_that_a_job_sees(tmp_path: Path, other_disk: Path) -> None:
-    script = f"dd if={other_disk}/file of=/dev/null bs=1M iflag=direct 2>/dev/null"
-    async with open_runner(tmp_path, show=(str(other_disk),)) as runner:
-        held = await run(runner, shell(script, limits=Limits(read_bps=10 * MIB)))
+async def test_a_limit_holds_on_every_disk_that_a_job_sees(tmp_path: Path) -> None:
+    with KINDS["disk"](tmp_path) as other:
+        (other.path / "file").write_bytes(b"x" * 20 * MIB)
+        os.sync()
+        script = f"dd if={other.path}/file of=/dev/null bs=1M iflag=direct 2>/dev/null"
+        async with open_runner(tmp_path, show=(str(other.path),)) as runner:
+            held = await run(runner, shell(script, limits=Limits(read_bps=10 * MIB)))
     assert held.status == "completed"
     assert held.usage.wall is not None
     assert held.usage.wall > 1.6

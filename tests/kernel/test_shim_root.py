@@ -205,6 +205,23 @@ def test_a_root_of_its_own_by_directory(job: ShimJob, tmp_path: Path) -> None:
     assert inside(job, "cat /etc/here; ls /etc", show=(), root=str(root), volumes=volume) == "named\nhere\n"
 
 
+@pytest.mark.parametrize("leads", ["/store/{}", "../store/{}"])
+def test_names_are_put_where_links_of_a_named_root_lead(job: ShimJob, tmp_path: Path, leads: str) -> None:
+    """As in NixOS, whose /etc is made of them."""
+    root = tmp_path / "root"
+    for name in ("usr", "etc", "store"):
+        (root / name).mkdir(parents=True)
+    for name in ("bin", "lib", "lib64"):
+        (root / name).symlink_to(f"usr/{name}")
+    for name, line in {"passwd": "root:x:0:0::/:/bin/sh\n", "group": "root:x:0:\n"}.items():
+        (root / "store" / name).write_text(line)
+        (root / "etc" / name).symlink_to(leads.format(name))
+    volume = [VolumeMount("/usr", "/usr", read_only=True)]
+    told = inside(job, "id -un; id -gn; tail -qn 1 /etc/passwd /etc/group", show=(), root=str(root), volumes=volume)
+    assert told == "job\njob\nroot:x:0:0::/:/bin/sh\nroot:x:0:\n"
+    assert (root / "store/group").read_text() == "root:x:0:\n"
+
+
 def test_no_link_of_a_named_root_leads_to_the_host(job: ShimJob, tmp_path: Path) -> None:
     root, host = tmp_path / "root", tmp_path / "host"
     (root / "etc").mkdir(parents=True)

@@ -78,6 +78,17 @@ def test_no_grace_kills_at_once(job: ShimJob) -> None:
     assert (end.cause, end.wait_status) == (Cause.STOPPED, signal.SIGKILL)
 
 
+def test_the_kill_lifts_the_limits_of_all_disks_however_many_there_are(job: ShimJob, tmp_path: Path) -> None:
+    """By a plain file in the place of io.max, which gets the orders one after the other."""
+    limits = tmp_path / "io.max"
+    limits.write_text("".join(f"7:{number} rbps=100000000 wbps=100000000 riops=max wiops=max\n" for number in range(200)))
+    job.start("sleep", "100", cgroup_items=[("io-limit", str(limits))])
+    job.stop(grace=0)
+    job.wait(5)
+    orders = limits.read_text().split("rbps=max wbps=max riops=max wiops=max")
+    assert orders[:200] == [f"7:{number} " for number in range(200)]
+
+
 def test_a_later_stop_may_bring_the_kill_nearer(job: ShimJob) -> None:
     job.shell("trap 'echo term' TERM; echo ready; while :; do sleep 0.02; done")
     job.wait_output(b"ready")

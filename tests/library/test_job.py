@@ -116,5 +116,5 @@ def test_signals_by_name_and_number(name: str) -> None:
 
 
 def test_what_is_applied_of_disk_operations_is_no_more_than_the_kernel_can_count() -> None:
-    applied = Limits(read_iops=1 << 40, write_iops=5).over(Limits(read_iops=1, write_iops=2))
+    applied = Limits(read_iops=1 << 40, write_iops=5).over(Limits(read_iops=1, write_iops=2)).for_kernel()
     assert (applied.read_iops, applied.write_iops) == ((1 << 32) - 2, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import anyio
@@ -10,7 +11,7 @@ import pytest
 from jobrunner import JobSpec, Limits
 from tests.support.cgroups import member_directories
 from tests.support.runner import open_runner
-from tests.support.timing import fail_after
+from tests.support.timing import at_most, fail_after
 
 pytestmark = pytest.mark.requires("root", "cgroup:memory", "cgroup:cpu", "cgroup:pids")
 
@@ -49,3 +50,67 @@ async def test_a_running_job_tells_what_it_uses_now_and_what_it_has_used_most(tm
     assert None not in (usage.read_bytes, usage.write_bytes, usage.read_ops, usage.write_ops)
     assert (ended.memory, ended.pids) == (None, None)
     assert ended.cpu_user is not None and ended.cpu_user >= usage.cpu_user
+
+
+# What the job says of itself, by other counters of the kernel's: of its processes, where those that are told are its cgroup's.
+WITNESS = """
+import json, mmap, os, resource, subprocess, time
+MIB = 1 << 20
+for child in [subprocess.Popen(["sleep", "0.2"]) for _ in range(5)]:
+    child.wait()
+held = b"x" * (32 * MIB)
+page = mmap.mmap(-1, MIB)
+page.write(b"y" * MIB)
+file = os.open("file", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+for _ in range(4):
+    os.write(file, page)
+os.lseek(file, 0, 0)
+for _ in range(2):
+    os.readv(file, [page])
+last, away = time.monotonic(), 0.0
+while resource.getrusage(resource.RUSAGE_SELF).ru_utime < 0.2:  # and one system call for each turn
+    now = time.monotonic()
+    away, last = away + (now - last if now - last > 0.005 else 0), now
+sizes = dict(line.split(":", 1) for line in open("/proc/self/status"))
+told = dict(line.split(":", 1) for line in open("/proc/self/io"))
+used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+tasks = sum(len(os.listdir(f"/proc/{pid}/task")) for pid in os.listdir("/proc") if pid.isdigit())
+print(json.dumps({
+    "user": sum(one.ru_utime for one in used), "system": sum(one.ru_stime for one in used), "away": away, "tasks": tasks,
+    "memory": int(sizes["RssAnon"].split()[0]) << 10, "read": int(told["read_bytes"]), "written": int(told["write_bytes"]),
+}), flush=True)
+os.mkfifo("go")
+open("go").read()
+"""
+
+
+@pytest.mark.requires("disk")
+async def test_what_is_told_is_what_the_job_itself_has_seen(tmp_path: Path) -> None:
+    limits = Limits(cpus=0.4, memory=256 * MIB, pids=32, read_bps=1 << 40, write_bps=1 << 40)
+    async with open_runner(tmp_path) as runner:
+        job = await runner.start(JobSpec("python3", ("-c", WITNESS), limits=limits))
+        async with job.log() as reader:
+            with fail_after(30):
+                line = await reader.next_line()
+        usage = job.info().usage
+        with fail_after(10):
+            await anyio.to_thread.run_sync((runner.state.directory(job.job_id) / "work/go").write_text, "\n")
+        ended = (await job.wait()).usage
+    assert line is not None
+    seen = json.loads(line.data)
+    slack = at_most(0.1)  # its birth and its pid 1
+    for told in (usage, ended):
+        assert told.cpu_user is not None and told.cpu_system is not None and told.throttled is not None
+        cpu = seen["user"] + seen["system"]
+        assert cpu - 0.02 <= told.cpu_user + told.cpu_system <= cpu * 1.1 + slack
+        assert abs(told.cpu_user - seen["user"]) <= 0.2 * cpu + slack
+        assert told.throttled <= (seen["away"] + slack) * 1.1
+        # A host that is busy itself gives a job less than its limit.
+        assert told.throttled or (ended.wall is not None and cpu < 0.4 * ended.wall)
+        assert told.read_bytes is not None and told.write_bytes is not None and told.write_ops is not None
+        assert (told.write_bytes, told.write_ops >= 4) == (seen["written"], True) and told.write_bytes == 4 * MIB
+        assert seen["read"] <= told.read_bytes <= seen["read"] + 8 * MIB and seen["read"] >= 2 * MIB
+        assert told.memory_peak is not None and seen["memory"] <= told.memory_peak <= seen["memory"] + 32 * MIB
+        assert told.pids_peak in (7, None)  # pid 1, the command and five children; Linux 6.1 tells no peak on v2
+    assert usage.memory is not None and seen["memory"] <= usage.memory <= seen["memory"] + 32 * MIB
+    assert usage.pids == seen["tasks"] == 2

@@ -53,6 +53,24 @@ def member_directories(cgroup: JobCgroup) -> list[Path]:
     ]
 
 
+def limits_in_kernel(cgroup: JobCgroup) -> dict[str, float]:
+    """What the kernel's files say of a job's limits, those of disks by the first of them."""
+    paths = {name: Path(path) for name, path in cgroup.paths.items()}
+    if "cpu" not in paths:
+        top, job = paths["unified"], paths["unified"] / "job"
+        quota, period = map(int, (top / "cpu.max").read_text().split())
+        disk = dict(word.split("=") for word in (job / "io.max").read_text().splitlines()[0].split()[1:])
+        rates = {"read_bps": disk["rbps"], "write_bps": disk["wbps"], "read_iops": disk["riops"], "write_iops": disk["wiops"]}
+        memory, pids = job / "memory.max", job / "pids.max"
+    else:
+        quota, period = (int((paths["cpu"] / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        names = ("read_bps", "write_bps", "read_iops", "write_iops")
+        rates = {name: (paths["blkio"] / f"blkio.throttle.{name}_device").read_text().split()[1] for name in names}
+        memory, pids = paths["memory"] / "memory.limit_in_bytes", paths["pids"] / "pids.max"
+    found = {"cpus": quota / period, "memory": int(memory.read_text()), "pids": int(pids.read_text())}
+    return found | {name: int(rate) for name, rate in rates.items()}
+
+
 def lower_cpus(cgroup: JobCgroup, cpus: float) -> None:
     """Less CPU time than the job was started with: a job's births take some too."""
     paths = cgroup.paths

@@ -10,8 +10,8 @@ work=$(mktemp -d "$image.XXXXXX")
 root=$work/root
 trap 'rm -rf "$work"' EXIT
 
-debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,kmod,libcap2-bin,python3,python3-venv "$suite" "$root" \
-    ${JOBRUNNER_VM_MIRROR:+"$JOBRUNNER_VM_MIRROR"} >"$work/log" ||
+packages=systemd,systemd-sysv,dbus,kmod,libcap2-bin,python3,python3-venv,btrfs-progs,dmsetup,xfsprogs
+debootstrap --variant=minbase --include="$packages" "$suite" "$root" ${JOBRUNNER_VM_MIRROR:+"$JOBRUNNER_VM_MIRROR"} >"$work/log" ||
     { cat "$work/log" >&2 && exit 1; }
 
 # The unit's path. The environment has no pip: the packages are put into it from here, for the guest's Python.

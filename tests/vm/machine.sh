@@ -13,7 +13,6 @@ command -v mkfs.ext4 >/dev/null || lacks mkfs.ext4 e2fsprogs
 kernel=$(find /boot -name 'vmlinuz-*-amd64' ! -name '*cloud*' | sort -V | tail -1)
 [ -n "$kernel" ] || lacks "a kernel of Debian" linux-image-amd64
 initrd=${kernel/vmlinuz/initrd.img}
-command -v mkfs.xfs >/dev/null || lacks mkfs.xfs xfsprogs
 command -v modprobe >/dev/null || lacks modprobe kmod
 [ -e "$initrd" ] || lacks "$initrd" "initramfs-tools, then: update-initramfs -c -k ${kernel#*vmlinuz-}"
 
@@ -35,16 +34,13 @@ make_disk() {
     "$bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation --target "$work/disk/site" "$checkout"
     cp -a "$checkout"/{tests,packaging,pyproject.toml} "$work/disk/checkout"
     find "$work/disk/checkout" -name __pycache__ -prune -exec rm -rf {} +
-    # What the tests need of Debian's kernel that is neither built in nor in its initrd: disks that are made of files, quotas, overlays.
+    # What the tests need of Debian's kernel that is neither built in nor in its initrd: disks that are made of files, quotas, file systems.
     # In the order in which one needs the other.
-    for module in loop quota_v2 xfs overlay vsock; do
+    for module in loop quota_v2 xfs btrfs dm-mod dm-multipath dm-round-robin overlay vsock; do
         modprobe --dirname / --set-version "${kernel#*vmlinuz-}" --show-depends "$module" | sed -n 's/^insmod //p'
     done | awk '!seen[$1]++ { printf "%s %02d-", $1, NR; n = split($1, names, "/"); print names[n] }' | while read -r from name; do
         cp "$from" "$work/disk/modules/$name"
     done
-    # The machine has no xfsprogs.
-    truncate -s 320M "$work/disk/xfs"
-    mkfs.xfs -q "$work/disk/xfs"
     printf '%q ' "$@" >"$work/disk/command"
     echo "$factor" >"$work/disk/factor"
     truncate -s 3G "$work/disk.ext4"

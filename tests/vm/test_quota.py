@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,13 +17,15 @@ from jobrunner import JobSpec, Limits
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import LimitReached, StartFailed
 from jobrunner.linux.quota import Projects
+from jobrunner.offers import Offers, Volume
 from jobrunner.runner import JobRunner
-from tests.hostile.arena import SMALL, open_arena
+from tests.hostile.arena import SMALL, open_arena, outside
 from tests.support.quota import records, until_left
 from tests.support.runner import open_runner, output, run, run_output, shell
 from tests.support.timing import fail_after
 
 MIB = 1 << 20
+OWNER = 0x6FFF0001
 SIZE = 8 * MIB
 FEWEST_FILES = 1024
 NAMES = "python3 -c 'for number in range(2000): open(str(number), \"w\").close()' 2>&1 | tail -1; ls | wc -l"
@@ -52,7 +55,8 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
         subprocess.run(["truncate", "--size=128M", image], check=True)
         subprocess.run(["mkfs.ext4", "-q", "-F", "-O", "quota,project", "-E", "quotatype=prjquota", image], check=True)
     else:
-        subprocess.run(["cp", "--sparse=always", "/disk/xfs", image], check=True)
+        subprocess.run(["truncate", "--size=320M", image], check=True)
+        subprocess.run(["mkfs.xfs", "-q", image], check=True)
     subprocess.run(["mount", "-o", "loop,prjquota", image, mount], check=True)
     yield Disk(mount, errno.EDQUOT if kind == "ext4" else errno.ENOSPC)
     subprocess.run(["umount", "--lazy", mount], check=True)
@@ -133,6 +137,43 @@ async def test_a_job_cannot_leave_its_project(disk: Disk) -> None:
             await arena.attack("bombs", "fill", "/work/bomb", "20", limits=limits)
         ).text == f"refused: {errno.errorcode[disk.full]}"
         assert (await arena.attack(*attack, limits=limits, without=["seccomp"])).text == "succeeded: 20 MiB"
+
+
+@BOTH
+async def test_what_a_job_makes_in_a_directory_is_its_projects(disk: Disk) -> None:
+    limits = replace(SMALL, work_size=SIZE)
+    attack, full = ("projects", "stop_inheriting", "/work", "20"), errno.errorcode[disk.full]
+    async with open_arena(disk.path) as arena:
+        assert (await arena.attack(*attack, limits=limits)).text == "refused: EPERM"
+        assert (await arena.attack("projects", "fill_unnamed", "/work", "20", limits=limits)).text == f"refused: {full}"
+        assert (await arena.attack(*attack, limits=limits, without=["seccomp"])).text == "succeeded: 20 MiB"
+        assert (await arena.attack("projects", "fill_unnamed", "/work", "20", limits=SMALL)).text == "succeeded: 20 MiB"
+
+
+@BOTH
+async def test_nothing_comes_into_a_project_from_a_directory_beside_it(disk: Disk) -> None:
+    """A volume on the same file system, which nothing bounds. With the control, a directory that has no project either."""
+    data, free = disk.path / "data", disk.path / "free"
+    for made in (data, free):
+        made.mkdir()
+        os.chown(made, OWNER, OWNER)
+    (data / "large").write_bytes(b"x" * 20 * MIB)
+    os.chown(data / "large", OWNER, OWNER)
+    ways = {
+        "link": "EXDEV",
+        "link_unnamed": "EXDEV",
+        "clone": "EOPNOTSUPP" if disk.full == errno.EDQUOT else "ENOSPC",
+        "rename": "EXDEV",
+    }
+    async with open_arena(disk.path, offers=Offers(volumes={"data": Volume(data)})) as arena:
+        for way, why in ways.items():
+            told = await arena.attack(
+                "projects", way, "/volumes/data", "/work", limits=replace(SMALL, work_size=SIZE), volumes=["data"]
+            )
+            assert (way, told.text) == (way, f"refused: {why}")
+    for way, why in ways.items():
+        (free / "large").unlink(missing_ok=True)
+        assert outside("projects", way, str(data), str(free)).startswith("succeeded" if why != "EOPNOTSUPP" else "refused")
 
 
 async def test_what_ended_jobs_have_on_disk_is_counted_with_their_output(disk: Disk) -> None:

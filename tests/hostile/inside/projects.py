@@ -16,6 +16,8 @@ GET_FLAGS, SET_FLAGS, SET_FLAGS_32 = 0x80086601, 0x40086602, 0x40046602
 GET_ATTRIBUTES, SET_ATTRIBUTES = 0x801C581F, 0x401C5820
 ATTRIBUTES = struct.Struct("=5I8x")
 NODUMP_FLAG, NODUMP = 0x40, 0x80
+INHERIT_FLAG = 0x20000000
+CLONE = 0x40049409
 FILE_SETATTR = 469
 PIECE = 1 << 20
 
@@ -65,6 +67,55 @@ def leave_project(path: str, mib: str) -> str:
     if not project:
         raise Contained("it has none")
     fcntl.ioctl(file, SET_ATTRIBUTES, ATTRIBUTES.pack(flags & ~0x200, extent, count, 0, cow))
-    with open(f"{path}/bomb", "wb", buffering=0) as bomb:
-        written = sum(bomb.write(b"\1" * PIECE) for _ in range(int(mib)))
+    return _fill(os.open(f"{path}/bomb", os.O_WRONLY | os.O_CREAT), mib)
+
+
+@attack
+def stop_inheriting(path: str, mib: str) -> str:
+    """A directory whose files would get no project."""
+    os.mkdir(f"{path}/out")
+    file = os.open(f"{path}/out", os.O_RDONLY)
+    (flags,) = struct.unpack("l", fcntl.ioctl(file, GET_FLAGS, bytes(8)))
+    if not flags & INHERIT_FLAG:
+        raise Contained("it inherits nothing")
+    fcntl.ioctl(file, SET_FLAGS, struct.pack("l", flags & ~INHERIT_FLAG))
+    return _fill(os.open(f"{path}/out/bomb", os.O_WRONLY | os.O_CREAT), mib)
+
+
+@attack
+def fill_unnamed(path: str, mib: str) -> str:
+    """A file that no directory has."""
+    return _fill(os.open(path, os.O_WRONLY | os.O_TMPFILE), mib)
+
+
+@attack
+def rename(source: str, target: str) -> str:
+    os.rename(f"{source}/large", f"{target}/large")
+    return "moved"
+
+
+@attack
+def link(source: str, target: str) -> str:
+    os.link(f"{source}/large", f"{target}/large")
+    return "linked"
+
+
+@attack
+def link_unnamed(source: str, target: str) -> str:
+    """A file that was made elsewhere, and gets its first name here."""
+    file = os.open(source, os.O_WRONLY | os.O_TMPFILE)
+    os.link(f"/proc/self/fd/{file}", f"{target}/unnamed", follow_symlinks=True)
+    return "linked"
+
+
+@attack
+def clone(source: str, target: str) -> str:
+    """What two files share takes the disk once (ioctl_ficlone(2)); whoever shares it has it on his account."""
+    file = os.open(f"{target}/large", os.O_WRONLY | os.O_CREAT)
+    fcntl.ioctl(file, CLONE, os.open(f"{source}/large", os.O_RDONLY))
+    return "cloned"
+
+
+def _fill(file: int, mib: str) -> str:
+    written = sum(os.write(file, b"\1" * PIECE) for _ in range(int(mib)))
     return f"{written // PIECE} MiB"

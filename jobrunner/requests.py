@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobrunner.durable import append_durably, read_file, write_durably
 from jobrunner.job import is_job_id
-from jobrunner.statedir import append_durably, read_file, write_durably
 
 if TYPE_CHECKING:
     from jobrunner.handle import RunnerJob

@@ -15,11 +15,10 @@ import fcntl
 import itertools
 import logging
 import os
-import stat
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jobrunner.durable import read_file, sync_directory, write_durably, write_temporary
 from jobrunner.errors import HostError
 from jobrunner.identity import PROJECT_IDS
 from jobrunner.job import is_job_id
@@ -31,12 +30,9 @@ from jobrunner.record import JobRecord, RecordError, pack_record, parse_record
 from jobrunner.shim.exitrecord import ExitRecord, is_newer, parse_exit
 from jobrunner.shim.stopfile import StopRequest, pack_stop, parse_stop
 
-__all__ = ["Found", "StateDir", "append_durably", "read_file", "write_durably"]
+__all__ = ["Found", "StateDir"]
 
 logger = logging.getLogger(__name__)
-
-MAX_FILE = 32 << 20
-"""Bytes of a file that is read whole: job.json of the largest request (job.MAX_ARGS_TOTAL) is less, with every byte escaped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +60,7 @@ class StateDir:
             _refuse_strangers(path)
             for directory in (self.jobs, self.running, self.leaving, self.removed, self.corrupt):
                 directory.mkdir(mode=0o700, exist_ok=True)
-            _sync_directory(path)
+            sync_directory(path)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as exc:
             raise HostError(f"cannot use state directory {path}: {exc.strerror}") from exc
@@ -146,10 +142,10 @@ class StateDir:
         # job's. All that is new is made before anything is synced: a journal takes it in one go then.
         (self.running / record.job_id).touch(mode=0o600)
         temporary = write_temporary(directory / "job.json", pack_record(record))
-        _sync_directory(self.running)
+        sync_directory(self.running)
         temporary.rename(directory / "job.json")
-        _sync_directory(directory)
-        _sync_directory(self.jobs)
+        sync_directory(directory)
+        sync_directory(self.jobs)
 
     def load(self, job_id: str) -> JobRecord:
         """Read job.json. FileNotFoundError if it was never written; RecordError if it is not what this version understands."""
@@ -236,7 +232,7 @@ class StateDir:
                     self.directory(job_id).rename(self.removed / job_id)
                 taken.append(job_id)
             # Order: out of sight on disk too before anything in it goes, or a power loss would show a job with half its log.
-            _sync_directory(self.jobs)
+            sync_directory(self.jobs)
         finally:
             for job_id in taken:
                 self.remove_for_good(job_id)
@@ -297,62 +293,6 @@ class StateDir:
         return work
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file so that after a crash it is there whole or not at all: temporary file, fsync, rename, fsync of the directory."""
-    write_temporary(path, data).rename(path)
-    _sync_directory(path.parent)
-
-
-def write_temporary(path: Path, data: bytes) -> Path:
-    """A file beside it with these bytes, synced: to be renamed to `path`."""
-    temporary = path.with_name(f".{path.name}.new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    return temporary
-
-
-def append_durably(path: Path, lines: Iterable[bytes]) -> None:
-    """Add whole lines to a file, synced, and its name if it is new; what could not be added in full is taken back."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    size = os.fstat(fd).st_size
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(b"".join(lines))
-        os.fsync(fd)
-        if size == 0:
-            _sync_directory(path.parent)
-    except OSError:
-        os.ftruncate(fd, size)
-        raise
-    finally:
-        os.close(fd)
-
-
-def read_file(path: Path, most: int = MAX_FILE) -> bytes:
-    """The bytes of a regular file of ours. RecordError for anything else, which is not waited for, or more than `most`."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as exc:
-        if exc.errno in (errno.ELOOP, errno.ENXIO, errno.ENOTDIR):
-            raise RecordError("it is no regular file") from exc
-        raise
-    try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > most:
-            raise RecordError("it is no regular file" if found.st_size <= most else f"it has {found.st_size} bytes")
-        if found.st_uid != os.geteuid():
-            raise RecordError(f"it belongs to uid {found.st_uid}")
-        with open(fd, "rb", closefd=False) as file:
-            return file.read(found.st_size)
-    finally:
-        os.close(fd)
-
-
 def _refuse_strangers(path: Path) -> None:
     """PermissionError if another user could put files where a server believes what it finds."""
     found = path.stat()
@@ -360,11 +300,3 @@ def _refuse_strangers(path: Path) -> None:
         raise PermissionError(errno.EPERM, f"it belongs to uid {found.st_uid}")
     if found.st_mode & 0o022:
         raise PermissionError(errno.EPERM, f"other users may write to it; run: chmod go-w {path}")
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -225,7 +225,7 @@ def info(ctx: typer.Context, job_id: JobId, json: Json = False) -> int:
 
 @app.command(cls=PlainCommand)
 def explain(ctx: typer.Context, job_id: JobId) -> int:
-    """Tell what became of a job, which limits it met, and what to do about it."""
+    """Tell why a job ended as it did, and what to do about it. And which limits it met."""
     from jobrunner_cli.explain import explain
 
     say(explain(connected(ctx.obj, lambda client: client.get(job_id).info())))

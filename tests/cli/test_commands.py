@@ -24,7 +24,7 @@ def ended(server: ServerProcess, script: str, *options: str) -> str:
     return job_id
 
 
-COMMANDS = ("start", "run", "stop", "status", "log", "wait", "info", "ls", "rm", "certs", "workspace")
+COMMANDS = ("start", "run", "stop", "status", "log", "wait", "info", "explain", "ls", "rm", "certs", "workspace")
 
 
 def test_without_a_command_it_tells_those_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,4 +129,4 @@ async def test_what_holds_it_up_is_seen(tmp_path: Path) -> None:
 
     with blocking_calls() as seen:
         StateDir(tmp_path / "state").close()
-    assert any(call.startswith("os.fsync < statedir.py:") for call in seen)
+    assert any(call.startswith("os.fsync < durable.py:") for call in seen)

@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from jobrunner.config import ServerConfig, load_runner
+from jobrunner.config import ServerConfig
 from jobrunner.server import process
 from jobrunner.server.devcerts import CLIENTS, make_certs
+from jobrunner.settings import load_runner
 
 __all__ = ["serve"]
 

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 from jobrunner import trial
-from jobrunner.config import load, load_runner
 from jobrunner.errors import ConfigError, JobRunnerError
 from jobrunner.linux.check import everything
 from jobrunner.linux.finding import Finding, Level
 from jobrunner.sandbox import needs
 from jobrunner.server.trust import Trust
+from jobrunner.settings import load, load_runner
 
 __all__ = ["findings"]
 

@@ -20,12 +20,13 @@ import anyio
 import typer
 
 from jobrunner import checked
-from jobrunner.config import RunnerConfig, load, load_runner
+from jobrunner.config import RunnerConfig
 from jobrunner.errors import ConfigError, InternalError, JobRunnerError
 from jobrunner.linux.finding import Level
 from jobrunner.runner import JobRunner
 from jobrunner.server import control, hostcheck, process
 from jobrunner.server import dev as development
+from jobrunner.settings import load, load_runner
 from jobrunner.stdio import PIPE_CLOSED, STDERR, STDOUT, OutputClosed, OutputFailed, Unbuffered, fill_descriptors
 
 __all__ = ["app", "main", "run"]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from jobrunner.bounds import READERS, Bounds
-from jobrunner.config import KEYS, RunnerConfig, load
+from jobrunner.config import RunnerConfig
 from jobrunner.errors import ConfigError
+from jobrunner.settings import KEYS, load
 
 DOCUMENT = Path(__file__).parents[2] / "docs/bounds.md"
 GIVEN = {"state_dir": "/state", "ca": "/ca", "cert": "/cert", "key": "/key"}

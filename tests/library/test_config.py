@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from jobrunner.bounds import Bounds
-from jobrunner.config import DEFAULTS, KEYS, LIMIT_KEYS, RunnerConfig, ServerConfig, load
+from jobrunner.config import DEFAULTS, RunnerConfig, ServerConfig
 from jobrunner.errors import ConfigError
 from jobrunner.job import Limits, OutputPolicy
 from jobrunner.offers import Owner, Volume
+from jobrunner.settings import KEYS, LIMIT_KEYS, load
 
 CGROUP_DEFAULTS = Limits(cpus=1, memory=1 << 30, pids=512, read_bps=100_000_000, write_bps=100_000_000)
 GIVEN = {"state_dir": "/state", "ca": "/ca", "cert": "/cert", "key": "/key"}

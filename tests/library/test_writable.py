@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from jobrunner import JobSpec, Limits
-from jobrunner.config import RunnerConfig, load_runner
+from jobrunner.config import RunnerConfig
 from jobrunner.errors import ConfigError, InvalidRequest
 from jobrunner.offers import Offers, Owner, User, Volume
+from jobrunner.settings import load_runner
 from tests.support.runner import open_runner, run, run_output, shell
 from tests.support.shim import status_field
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from jobrunner import JobSpec, Limits, OutputPolicy, StartFailed
-from jobrunner.config import load_runner
 from jobrunner.errors import ConfigError, HostError
 from jobrunner.offers import Offers, Owner, Volume
+from jobrunner.settings import load_runner
 from tests.rootless import CONFIG, GIVEN
 from tests.support.runner import open_runner, output, run, run_output, shell
 from tests.support.shim import all_pids, link_of, read_proc, status_field, wait_until

@@ -8,10 +8,11 @@ from pathlib import Path
 import anyio.to_thread
 import pytest
 
-from jobrunner.config import RunnerConfig, load
+from jobrunner.config import RunnerConfig
 from jobrunner.errors import ConfigError
 from jobrunner.job import EndReason, JobInfo
 from jobrunner.runner import JobRunner
+from jobrunner.settings import load
 from tests.service.test_jobrunnerd import ENVIRONMENT, client, daemon, serve_args
 from tests.support.crash import assert_exactly
 from tests.support.runner import open_runner

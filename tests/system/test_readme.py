@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobrunner.config import load
+from jobrunner.settings import load
 
 pytestmark = pytest.mark.requires("root")
 

@@ -20,14 +20,13 @@ pytestmark = pytest.mark.requires("root", "command:strace")
 def syncs(job: ShimJob, trace: Path) -> Iterator[list[str]]:
     """The shim's syncs from here on, each as its call and the file's name below the job's directory; there once it is left."""
     found: list[str] = []
-    command = ["strace", "-f", "-y", "-qq", "-e", "trace=fsync,fdatasync", "-o", trace, "-p", str(job.shim())]
+    command = ["strace", "-f", "-y", "-qq", "-e", "trace=fsync,fdatasync", "-o", str(trace), "-p", str(job.shim())]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as strace:
         wait_until(lambda: status_field(job.shim(), "TracerPid") not in ("0", ""), at_most(20))
         yield found
         strace.wait(at_most(20))  # it ends with what it traces
-    for line in trace.read_text().splitlines():
-        if call := re.search(rf"(fsync|fdatasync)\(\d+<{re.escape(str(job.directory))}/?([^>]*)>", line):
-            found.append(f"{call[1]} {call[2]}")
+    calls = re.findall(rf"(fsync|fdatasync)\(\d+<{re.escape(str(job.directory))}/?([^>]*)>", trace.read_text())
+    found.extend(f"{call} {name}" for call, name in calls)
 
 
 @pytest.mark.parametrize("output", ["kept", ""])

@@ -249,6 +249,15 @@ def test_the_job_dies_with_a_shim_that_is_killed(job: ShimJob) -> None:
     assert job.record().state is State.RUNNING, "nobody was left to say how it ended"
 
 
+def test_an_init_that_hears_nothing_dies_with_its_shim(job: ShimJob) -> None:
+    job.shell("sleep 100 & sleep 100")
+    wait_until(lambda: len(job.processes()) == 3)
+    everyone = [job.init(), *job.processes()]
+    os.kill(job.init(), signal.SIGSTOP)
+    os.kill(job.shim(), signal.SIGKILL)
+    wait_gone(everyone)
+
+
 def test_a_shim_that_is_killed_hangs_up_ctl_at_once(job: ShimJob) -> None:
     job.start("sleep", "100")
     shim = job.shim()

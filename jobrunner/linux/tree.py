@@ -1,10 +1,9 @@
 """Directory trees that a hostile job has made, taken over or removed by the server after the job is gone.
 
 Nothing is recursive and no more than two directories are open, so that a tree of any depth costs neither stack nor
-descriptors. Of the files in a directory some names are held at a time, however many there are; of directories all, but each
-of these costs a block of the disk. No link is followed and no path is looked up twice. Whoever made the tree is dead, but a
-stranger may have been handed a directory of it (unix(7), SCM_RIGHTS): each is closed to everybody else before its names are
-read, and one that was moved all the same is noticed.
+descriptors. Of what is in a directory some names are held at a time, however much there is. No link is followed and no path is
+looked up twice. Whoever made the tree is dead, but a stranger may have been handed a directory of it (unix(7), SCM_RIGHTS): each
+is closed to everybody else before its names are read, and one that was moved all the same is noticed.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 GET_FLAGS, SET_FLAGS = 0x80086601, 0x40086602
 """FS_IOC_GETFLAGS, FS_IOC_SETFLAGS: ioctl_iflags(2)."""
 BATCH = 4096
-"""Names that are held of files that are removed."""
+"""Names of one directory that are held at a time, and as many more as the kernel gives at once (getdents64(2))."""
 HELD = 0x10 | 0x20
 """Immutable, append-only: not even root removes such a file, or what is in such a directory."""
 
@@ -118,12 +117,15 @@ def _contents(
     try:
         enter(here)
         device = os.fstat(here).st_dev
-        below = [_directories(here)]  # of each level the names that are still to be entered
+        below = [_directories(here, 0)]  # of each level names that are still to be entered, and where there are more
         entered: list[tuple[str, tuple[int, int]]] = []
         yield from _files(here, removed)
         while below:
-            if below[-1]:
-                name = below[-1].pop()
+            names, more = below[-1]
+            if not names and more is not None:
+                below[-1] = names, more = _directories(here, 0 if removed else more)
+            if names:
+                name = names.pop()
                 inner = opened(name, here)
                 if os.fstat(inner).st_dev != device:
                     os.close(inner)
@@ -132,9 +134,9 @@ def _contents(
                 os.close(here)
                 here = inner
                 enter(here)
-                below.append(_directories(here))
+                below.append(_directories(here, 0))
                 yield from _files(here, removed)
-            else:
+            elif more is None:
                 below.pop()
                 if not entered:
                     return
@@ -169,9 +171,22 @@ def _identity(directory: int) -> tuple[int, int]:
     return info.st_dev, info.st_ino
 
 
-def _directories(directory: int) -> list[str]:
-    with os.scandir(directory) as entries:
-        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+def _directories(directory: int, place: int) -> tuple[list[str], int | None]:
+    """Names of directories in it from a place on, 0 for its beginning, and the place after them; None if there are no more.
+
+    A place is what telldir(3) gives. It holds for who opens the directory again, as file servers do, while nothing is made in it.
+    """
+    names: list[str] = []
+    os.lseek(directory, place, os.SEEK_SET)
+    with os.scandir(directory) as entries:  # Order: a name was read before the place that its descriptor is at now
+        for entry in entries:
+            now = os.lseek(directory, 0, os.SEEK_CUR)
+            if now != place and len(names) >= BATCH:
+                return names, place
+            place = now
+            if entry.is_dir(follow_symlinks=False):
+                names.append(entry.name)
+    return names, None
 
 
 def _files(directory: int, removed: bool) -> Iterator[tuple[int, str, bool]]:

@@ -71,6 +71,32 @@ def test_the_number_of_files_in_a_directory_costs_no_memory(tmp_path: Path) -> N
     assert peak < 3 << 20  # the names alone are 5 MB
 
 
+def test_the_number_of_directories_in_one_costs_no_memory_and_none_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobrunner.linux.tree.BATCH", 100)
+    top = tmp_path / "top"
+    wide = (top, top / "0" / "wide")
+    for directory in wide:
+        directory.mkdir(parents=True)
+        for number in range(3000):
+            (directory / f"{number:0200}").mkdir()
+            os.chown(directory / f"{number:0200}", JOB, JOB)
+    tracemalloc.start()
+    try:
+        reown_tree(top)
+        _, reowned = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert {path.stat().st_uid for directory in wide for path in directory.iterdir()} == {0}
+        tracemalloc.start()
+        remove_tree(top)
+        _, removed = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert not top.exists()
+    assert max(reowned, removed) < 400_000  # the names of one alone are 750,000
+
+
 def test_links_are_not_followed(tmp_path: Path) -> None:
     """Neither by ownership nor by removal; a hard link is the file itself, wherever its other names are."""
     outside, top = tmp_path / "outside", tmp_path / "top"

@@ -254,3 +254,89 @@ async def test_a_damaged_record_hides_nothing_silently_and_holds_nobody_up(
     for streams in (frozenset(Stream), frozenset({Stream.STDERR})):
         await read(writer, tail=400, streams=streams)
         assert all(part.first <= part.last for part in await read(writer, streams=streams) if isinstance(part, Gap))
+
+
+def drop(writer: LogWriter, *bases: int) -> None:
+    """As retention does: the index first."""
+    for base in bases:
+        (writer.directory / f"{base:016x}.idx").unlink()
+        (writer.directory / f"{base:016x}").unlink()
+
+
+async def test_a_slow_follower_has_the_rest_of_the_segment_that_is_dropped_under_it(tmp_path: Path) -> None:
+    writer, owner = LogWriter(tmp_path / "log", segment_bytes=30), Owner()
+    for number in range(9):
+        writer.write("stderr" if number % 3 == 1 else "stdout", b"%d" % number * 10)
+    with open_log(writer.directory, owner) as log:
+        async with log.reader(Selection()) as slow, log.reader(Selection(streams=frozenset({Stream.STDERR}))) as filtered:
+            assert [await anext(slow), await anext(filtered)] == [part_at(writer, 0), part_at(writer, 10)]
+            drop(writer, 0, 30)
+            writer.end()
+            owner.end()
+            assert [part async for part in slow] == [
+                part_at(writer, 10),
+                part_at(writer, 20),
+                Gap(30, 59, "dropped"),
+                *(part_at(writer, at) for at in (60, 70, 80)),
+            ]
+            assert [part async for part in filtered] == [Gap(30, 59, "dropped"), part_at(writer, 70)]
+
+
+def part_at(writer: LogWriter, offset: int) -> Chunk:
+    """Of writes of ten bytes and a millisecond each, each third from the second on to stderr."""
+    number = offset // 10
+    begun = writer.clock - 9 * MS
+    stream = Stream.STDERR if number % 3 == 1 else Stream.STDOUT
+    return Chunk(stream, b"%d" % number * 10, offset, (begun + (number + 1) * MS) // 1000 / 1_000_000)
+
+
+async def test_a_follower_at_a_border_whose_next_segment_is_dropped_is_told_it(tmp_path: Path) -> None:
+    writer, owner = LogWriter(tmp_path / "log", segment_bytes=10), Owner()
+    writer.write("stdout", b"0123456789")
+    with open_log(writer.directory, owner) as log:
+        async with log.reader(Selection()) as at_the_border, log.reader(Selection(offset=10)) as begun_there:
+            await anext(at_the_border)
+            waiting = [asyncio.ensure_future(anext(reader)) for reader in (at_the_border, begun_there)]
+            await asyncio.sleep(0)
+            for data in (b"abcdefghij", b"klmnopqrst", b"end"):
+                writer.write("stdout", data)
+            drop(writer, 0, 10, 20)
+            with fail_after(5):
+                assert await asyncio.gather(*waiting) == [Gap(10, 29, "dropped")] * 2
+            assert [text([await anext(reader)]) for reader in (at_the_border, begun_there)] == [b"end"] * 2
+
+
+@pytest.mark.parametrize("streams", [frozenset(Stream), frozenset({Stream.STDERR})], ids=["both", "stderr"])
+async def test_a_stream_without_a_byte_is_one_end(tmp_path: Path, streams: frozenset[Stream]) -> None:
+    writer, owner = LogWriter(tmp_path / "log"), Owner()
+    if len(streams) == 1:
+        writer.write("stdout", b"of the other\n")
+    with open_log(writer.directory, owner) as log:
+        for selection in (Selection(streams=streams), Selection(streams=streams, tail=5), Selection(streams=streams, since=1.0)):
+            following = asyncio.ensure_future(lines_of(reader := log.reader(selection)))
+            await asyncio.sleep(0.01)
+            assert not following.done()
+            following.cancel()
+            await asyncio.wait([following])
+        writer.end()
+        owner.end()
+        for selection in (Selection(streams=streams), Selection(streams=streams, tail=5), Selection(streams=streams, since=1.0)):
+            assert await lines_of(reader := log.reader(selection)) == []
+            assert reader.end is not None and reader.end.total_bytes == writer.offset
+
+
+async def test_times_are_exact_to_the_microsecond_at_both_ends(tmp_path: Path) -> None:
+    """A record's nanoseconds count; what is asked for are microseconds: from the first of one on, and up to before it."""
+    writer = LogWriter(tmp_path / "log")
+    begun = writer.clock
+    for name, at in ((b"a", 999), (b"b", 1000), (b"c", 1001), (b"d", 1999), (b"e", 2000)):
+        writer.clock = begun + at
+        writer.write("stdout", name, 0)
+    writer.end()
+    micros = {number: begun / 1e9 + number / 1e6 for number in (1, 2)}
+    assert text(await read(writer, since=micros[1])) == b"bcde"
+    assert text(await read(writer, since=micros[2])) == b"e"
+    assert text(await read(writer, until=micros[1])) == b"a"
+    assert text(await read(writer, until=micros[2])) == b"abcd"
+    assert text(await read(writer, since=micros[1], until=micros[2])) == b"bcd"
+    assert text(await read(writer, since=micros[1], until=micros[1])) == b""

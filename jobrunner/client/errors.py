@@ -48,7 +48,8 @@ _ALERTS = {
 }
 """Alerts that a server sends about a client's certificate (RFC 8446 section 6.2), by OpenSSL's names as `ssl.SSLError.reason`."""
 
-
+_UNKNOWN_CA = frozenset({18, 19, 20, 21})
+"""OpenSSL's numbers for a chain that does not end at a CA that was given (X509_V_ERR_*, x509_vfy.h)."""
 _BOUND = re.compile(r"cannot (?P<verb>[^:]*): (?P<reason>.*) \((?P<bound>[a-z_]+)\)", re.DOTALL)
 """What a server says when it ends a connection for a bound: `cannot VERB: reason (bound)`."""
 
@@ -162,7 +163,8 @@ async def _lost(channel: ClientChannel, exc: Exception) -> JobRunnerError:
     """Why a connection could not be made, or why it was lost."""
     where = f"cannot reach {_address(channel)}"
     if isinstance(exc, ssl.SSLCertVerificationError):
-        return Unauthenticated(f"{where}: the server's certificate is not acceptable: {exc.verify_message}")
+        why = f"it is not signed by the CA given ({exc.verify_message})" if exc.verify_code in _UNKNOWN_CA else exc.verify_message
+        return Unauthenticated(f"{where}: the server's certificate is not acceptable: {why}")
     if isinstance(exc, ssl.SSLEOFError | ConnectionResetError | ConnectionAbortedError | BrokenPipeError) and not channel.reached:
         return Interrupted(f"{where}: {CLOSED}")
     if isinstance(exc, ssl.SSLError):

@@ -166,7 +166,7 @@ class Scrape(asyncio.Protocol):
             self.leave()
             return
         head, end, _ = self._head.partition(b"\r\n\r\n")
-        if end:
+        if end or not self._head[:1].isalpha():  # no HTTP at all, TLS for instance, is told so at once
             self._answered = True
             self._transport.write(self._scrapes.answer(head, self._address))
             self._transport.write_eof()

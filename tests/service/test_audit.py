@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
+import re
 import signal
 import stat
 import subprocess
@@ -17,6 +17,7 @@ import pytest
 
 from jobrunner.client import JobClient
 from jobrunner.errors import ConfigError, PermissionDenied, Unauthenticated, Unavailable
+from jobrunner.pki import describe
 from jobrunner.server.account import Account
 from jobrunner.server.audit import Audit
 from jobrunner.server.metrics import Metrics
@@ -35,14 +36,11 @@ SUBSCRIBE = "/jobrunner.v1.JobService/SubscribeOutput"
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     directory = tmp_path_factory.mktemp("audited")
-    before = os.environ.get("JOBRUNNERD_AUDIT_LOG")
-    os.environ["JOBRUNNERD_AUDIT_LOG"] = str(directory / "audit.jsonl")
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JOBRUNNERD_AUDIT_LOG", str(directory / "audit.jsonl"))
+        patch.setenv("JOBRUNNERD_METRICS_LISTEN", "127.0.0.1:0")
         with server_process(directory) as server:
             yield server
-    finally:
-        os.environ.pop("JOBRUNNERD_AUDIT_LOG")
-        assert before is None
 
 
 def lines(server: ServerProcess, name: str = "audit.jsonl") -> list[dict[str, Any]]:
@@ -63,7 +61,8 @@ async def test_a_call_is_told_before_it_is_made_and_before_its_answer(audited: S
     assert (done["job"], done["outcome"]) == (job.job_id, "OK")
     assert done["seconds"] > 0
     assert done["address"].startswith("127.0.0.1:")
-    assert int(done["serial"], 16) > 1 << 60
+    (shown,) = describe(audited.certs / "admin.pem")
+    assert done["serial"] == shown.serial
     assert done["time"] > allowed["time"]
 
 
@@ -265,7 +264,11 @@ def test_the_value_of_a_variable_is_nowhere_but_in_its_job(audited: ServerProces
             said = jobrunner(audited, *words)
             assert said.code == 0
             assert SECRET not in said.text + said.err
-        assert [line for line in processes() if SECRET in line] == []
+        assert [line for line in processes("cmdline") if SECRET in line] == []
+        metrics = audited.log.decode().partition("metrics on http://")[2].partition("/")[0]
+        homes = {re.findall(r"HOME=([^\0]*)", environ)[0] for environ in processes("environ") if SECRET in environ}
+        assert homes == {"/work"}, "the job's own"
+        assert SECRET not in anyio.run(scraped, metrics).decode()
         told = "".join(path.read_text(errors="replace") for path in audited.state.parent.rglob("*") if path.is_file())
         assert SECRET not in told and "PASSWORD" in told, "names are kept, values are not"
         assert SECRET not in audited.log.decode()
@@ -282,9 +285,9 @@ def test_a_line_that_is_no_variable_is_told_by_its_number_alone(audited: ServerP
     assert said.code == 78
 
 
-def processes() -> list[str]:
+def processes(what: str) -> list[str]:
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob(f"[0-9]*/{what}"):
         try:
             found.append(path.read_bytes().decode(errors="replace"))
         except OSError:

@@ -268,8 +268,9 @@ async def test_many_that_ask_at_once_are_told_what_was_told_a_moment_ago(tmp_pat
         (b"GET /metrics HTTP/1.1\r\n\r\n", b"HTTP/1.1 400 "),
         (b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n", b"HTTP/1.1 400 "),
         (b"\r\n\r\n", b"HTTP/1.1 400 "),
+        (b"\x16\x03\x01\x02\x00", b"HTTP/1.1 400 "),
     ],
-    ids=["POST", "path", "HEAD", "query", "long", "no host", "two hosts", "none"],
+    ids=["POST", "path", "HEAD", "query", "long", "no host", "two hosts", "none", "TLS"],
 )  # fmt: skip
 async def test_other_requests_have_an_answer_or_none(tmp_path: Path, request_: bytes, answer: bytes) -> None:
     async with serving(tmp_path, **ON) as running:

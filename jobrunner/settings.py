@@ -116,14 +116,10 @@ def load(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[
             where = f"configuration {toml_file}" if toml_file else "configuration"
             raise ConfigError(where, f"{key}: is not set; give --{key.replace('_', '-')} or {PREFIX}{key.upper()}")
     own = {field.name for field in fields(ServerConfig)}
-    if "metrics_listen" in found and not found.get("metrics_anywhere") and not is_loopback(found["metrics_listen"]):
-        reason = "is not an address of loopback, and metrics are for everyone there; `metrics_anywhere = true` allows it"
-        raise ConfigError("configuration", f"metrics_listen: {found['metrics_listen']} {reason}")
     runner = _runner(found)
     # Jobs may see the directory that it is in, /etc for instance.
     runner = replace(runner, hide=(*runner.hide, os.path.realpath(found["key"])))
-    given = Bounds(**{key: value for key, value in found.items() if key in bounds.READERS})
-    return ServerConfig(runner=runner, bounds=given, **{key: value for key, value in found.items() if key in own})
+    return ServerConfig(runner=runner, **{key: value for key, value in found.items() if key in own})
 
 
 def load_runner(toml_file: Path | None, environ: Mapping[str, str], overrides: Mapping[str, object]) -> RunnerConfig:
@@ -152,7 +148,12 @@ def _found(toml_file: Path | None, environ: Mapping[str, str], overrides: Mappin
     found, limits = _from_file(toml_file) if toml_file else ({}, {})
     found |= _from_environment(environ)
     given = {key: value for key, value in overrides.items() if value is not None}
-    return found | limits | dict(_converted("the command line", given, KEYS))
+    found |= limits | dict(_converted("the command line", given, KEYS))
+    if "metrics_listen" in found and not found.get("metrics_anywhere") and not is_loopback(found["metrics_listen"]):
+        reason = "is not an address of loopback, and metrics are for everyone there; `metrics_anywhere = true` allows it"
+        raise ConfigError("configuration", f"metrics_listen: {found['metrics_listen']} {reason}")
+    found["bounds"] = Bounds(**{key: found.pop(key) for key in bounds.READERS.keys() & found.keys()})
+    return found
 
 
 def _runner(found: Mapping[str, Any]) -> RunnerConfig:

@@ -106,6 +106,7 @@ class Account:
 
     def no_call(self, who: dict[str, str], path: str, reason: str) -> None:
         """A request that is malformed, no request of gRPC, or of an RPC that there is not."""
+        self.metrics.no_calls += 1
         path, reason = path[:MAX_TEXT], reason[:MAX_TEXT]
         self._tell("denied", who, f"denied {path!r} to {_peer(who)}: {reason}", rpc=path, reason=reason)
 

@@ -51,6 +51,7 @@ class ServerCollector(Collector):
         for (rpc, status), count in counted.calls.items():
             calls.add_metric((rpc, status), count)
         yield calls
+        yield CounterMetricFamily("jobrunner_no_calls", "Requests that were none of an RPC.", counted.no_calls)
         for name, text, label, counts in (
             ("jobrunner_refusals", "What a bound has refused.", "bound", counted.refusals),
             ("jobrunner_handshake_failures", "Handshakes that have failed.", "reason", counted.handshake_failures),

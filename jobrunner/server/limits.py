@@ -83,13 +83,15 @@ class Rate:
         self._clock = clock
         self._burst = burst
         self._buckets: dict[str, Bucket] = {}
+        self._most = MAX_IDLE
 
     def of(self, user: str) -> Bucket:
         """The bucket of this user. Those that are full again are as good as new, and forgotten."""
         bucket = self._buckets.get(user)
         if bucket is None:
-            if len(self._buckets) >= MAX_IDLE:
+            if len(self._buckets) >= self._most:
                 self._buckets = {name: known for name, known in self._buckets.items() if not known.full}
+                self._most = max(MAX_IDLE, 2 * len(self._buckets))  # or a flood of names would look at all of them for each
             bucket = self._buckets[user] = Bucket(self.per_second, self._clock, self._burst)
         return bucket
 

@@ -61,6 +61,8 @@ class Metrics:
     def __init__(self) -> None:
         self.calls: Counter[tuple[str, str]] = Counter()
         """By RPC and status."""
+        self.no_calls = 0
+        """Requests that were malformed, none of gRPC's, or of no RPC."""
         self.refusals: Counter[str] = Counter()
         """By bound."""
         self.handshake_failures: Counter[str] = Counter(dict.fromkeys([*FAILURES.values(), "timeout", "closed", "other"], 0))

@@ -11,7 +11,7 @@ import pytest
 from jobrunner.bounds import READERS, Bounds
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import ConfigError
-from jobrunner.settings import KEYS, load
+from jobrunner.settings import KEYS, load, load_runner
 
 DOCUMENT = Path(__file__).parents[2] / "docs/bounds.md"
 GIVEN = {"state_dir": "/state", "ca": "/ca", "cert": "/cert", "key": "/key"}
@@ -56,3 +56,5 @@ def test_a_message_may_not_be_longer_than_all_of_a_user_s() -> None:
     reason = "cannot read configuration: max_messages_per_user: 65536 is less than max_message, 1048576"
     with pytest.raises(ConfigError, match=reason):
         load(None, environ, GIVEN)
+    with pytest.raises(ConfigError, match=reason):  # of `jobrunnerd check`
+        load_runner(None, environ, GIVEN)

@@ -257,6 +257,20 @@ def test_buckets_that_are_full_again_are_forgotten() -> None:
     assert len(rate._buckets) <= 1025
 
 
+def test_a_flood_of_names_does_not_look_at_all_buckets_for_each() -> None:
+    asked = 0
+
+    def clock() -> float:
+        nonlocal asked
+        asked += 1
+        return 0.0
+
+    rate = Rate("lines", 1.0, "lines", clock)
+    for number in range(50_000):
+        rate.of(f"10.0.0.{number}").take()
+    assert asked < 10 * 50_000
+
+
 def test_what_is_counted_is_given_back_also_after_an_error() -> None:
     counted = Counted("max_followers_per_job", 1)
     for _ in range(3):
@@ -340,7 +354,7 @@ async def test_a_start_that_is_reset_has_its_place_until_it_is_over(tmp_path: Pa
                 most = max(most, under_way["admin"])
                 await anyio.lowlevel.checkpoint()
         await eventually(lambda: not len(running.runner._starts.under_way))
-        assert 1 < most <= 3
+        assert 1 <= most <= 3
         assert (await peer.status(await peer.request(QUERY, framed(b""))))[0] == NOT_FOUND
 
 

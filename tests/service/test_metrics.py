@@ -107,10 +107,13 @@ async def test_failed_handshakes_and_ended_connections_are_counted_by_their_kind
         writer.close()
         async with raw_peer(running, alpn=None) as peer:
             await peer.wait_lost()
+        async with raw_peer(running) as peer:
+            assert (await peer.status(await peer.request("/nothing", framed(b""))))[0] == "12"
         now = await samples(running)
         assert now["jobrunner_handshake_failures_total", "not_tls"] == 1
         assert now["jobrunner_handshake_failures_total", "expired"] == 0, "told from the start, so that a rate can be seen"
         assert now["jobrunner_connections_ended_total", "alpn"] == 1
+        assert now["jobrunner_no_calls_total",] == 1
 
 
 async def test_who_is_slow_holds_up_nobody_and_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

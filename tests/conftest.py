@@ -27,6 +27,7 @@ EXCUSED = os.environ.get("JOBRUNNER_EXCUSED", "").split()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.umask(0o022)  # what tests make is for their jobs to read, whatever the caller keeps for himself
     # A shell without job control lets what it starts in the background ignore Ctrl-C, and nohup the end of the terminal; the CLIs
     # of tests would inherit it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

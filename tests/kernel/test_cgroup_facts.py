@@ -99,12 +99,14 @@ def number_of(path: Path) -> str:
     return f"{found >> 8 & 0xFFF}:{found & 0xFF}"
 
 
+@pytest.mark.requires("disk")
 def test_a_partition_is_limited_at_its_disk(tmp_path: Path) -> None:
     device(tmp_path, "77:0", "sdx")
     device(tmp_path, number_of(tmp_path), "sdx/sdx1", partition=True)
     assert disks_under([tmp_path, tmp_path / "devices"], tmp_path) == [Disk("77:0", str(tmp_path))]
 
 
+@pytest.mark.requires("disk")
 def test_a_logical_volume_is_limited_and_every_disk_below_it_too(tmp_path: Path) -> None:
     device(tmp_path, "77:0", "sdx")
     device(tmp_path, "77:1", "sdx/sdx1", partition=True)

@@ -41,7 +41,7 @@ def check(settings: Path, text: str, *wrap: str) -> dict[str, Any]:
 def test_a_job_is_run_and_nothing_is_left_of_it(settings: Path) -> None:
     (settings.parent / "state").mkdir()
     pid = settings.with_name("pid")
-    job = check(settings, "", "sh", "-c", f'echo $$ > {pid}; exec "$0" "$@"')["job"]
+    job = check(settings, "", "sh", "-c", f'echo $$ > "{pid}"; exec "$0" "$@"')["job"]
     assert job["level"] == "ok"
     assert "no capability, filter set, a read-only root" in job["what"]
     assert os.listdir(settings.parent / "state") == []

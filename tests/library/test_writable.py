@@ -23,12 +23,12 @@ CI = Owner(0x6FFF0101, 0x6FFF0102)
 
 
 async def test_a_writable_root_is_told_and_keeps_its_masks(tmp_path: Path) -> None:
-    script = "touch /usr/new /etc/new && echo written; head -c1 /etc/shadow | wc -c; rm -f /etc/shadow; ls /etc/shadow; whoami"
+    script = "touch /usr/new /etc/new && echo written; head -c1 /etc/shadow | wc -c; rm /etc/shadow 2>&1 | grep -c busy; whoami"
     async with open_runner(tmp_path) as runner:
         info, data = await run_output(runner, shell(script, writable=True))
         plain, none = await run_output(runner, shell("touch /usr/new"))
     assert (info.writable, plain.writable) == (True, False)
-    assert data.split() == [b"written", b"0", b"/etc/shadow", b"job"] or b"Device or resource busy" in data
+    assert data.split() == [b"written", b"0", b"1", b"job"]
     assert b"Read-only file system" in none
 
 

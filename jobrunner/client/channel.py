@@ -28,6 +28,7 @@ from h2.settings import SettingCodes
 
 from jobrunner.client.dial import dial
 from jobrunner.client.frames import FrameBuffer
+from jobrunner.wire.keepalive import KEEPALIVE, PatientConnection
 
 if TYPE_CHECKING:
     import ssl
@@ -47,14 +48,24 @@ CLOSE_TIMEOUT = 0.25
 PROBE_TIMEOUT = 2.0
 
 _CONFIGURATION = Configuration(
-    _keepalive_time=20,
-    _keepalive_timeout=10,
-    _keepalive_permit_without_calls=True,
-    _http2_max_pings_without_data=0,
-    _http2_min_sent_ping_interval_without_data=10,
+    **KEEPALIVE,
     http2_connection_window_size=CONNECTION_WINDOW,
     http2_stream_window_size=STREAM_WINDOW,
 )
+
+
+class ClientConnection(PatientConnection):
+    """grpclib's, which counts what has arrived."""
+
+    arrived = 0
+
+    def moved(self) -> int:
+        return self.arrived
+
+    def ack(self, stream_id: int, size: int) -> None:
+        """What is taken from an answer after the connection has gone needs no acknowledgement."""
+        if not self.is_closing():
+            super().ack(stream_id, size)
 
 
 class ClientProtocol(H2Protocol, asyncio.BufferedProtocol):
@@ -70,6 +81,7 @@ class ClientProtocol(H2Protocol, asyncio.BufferedProtocol):
     told: tuple[int, str] | None = None
     """The code and the reason with which the server has ended the connection (GOAWAY), if it has."""
 
+    connection: ClientConnection
     processor: EventsProcessor
     transport: asyncio.Transport | None = None
 
@@ -92,6 +104,8 @@ class ClientProtocol(H2Protocol, asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.transport = cast("asyncio.Transport", transport)
+        self.connection = ClientConnection.instead_of(self.connection)
+        self.processor = EventsProcessor(self.handler, self.connection)
         h2 = self.connection._connection
         h2.update_settings({SettingCodes.MAX_FRAME_SIZE: MAX_FRAME, SettingCodes.ENABLE_PUSH: 0})
         # h2 applies the new size only after the bytes that hold the server's acknowledgement: a large frame in the same
@@ -104,8 +118,6 @@ class ClientProtocol(H2Protocol, asyncio.BufferedProtocol):
             processors[kind] = lambda event: None
         processors[DataReceived] = self._data_received
         processors[StreamEnded] = self._stream_ended
-        self._ack = self.connection.ack
-        cast("Any", self.connection).ack = self._ack_if_open
         processors[ConnectionTerminated] = self._terminated
 
     def _terminated(self, event: ConnectionTerminated) -> None:
@@ -121,6 +133,7 @@ class ClientProtocol(H2Protocol, asyncio.BufferedProtocol):
             self.received_at = asyncio.get_running_loop().time()
             self._reached()
         self._frames.add(nbytes)
+        self.connection.arrived += nbytes
         try:
             for events in self._frames.receive(self.connection._connection):
                 self.connection.flush()
@@ -152,11 +165,6 @@ class ClientProtocol(H2Protocol, asyncio.BufferedProtocol):
             stream.trailers_received.set()
         if not stream.closable:  # both sides have ended it, so nothing in it waits for the server
             stream.wrapper = None
-
-    def _ack_if_open(self, stream_id: int, size: int) -> None:
-        """What is taken from an answer after the connection has gone needs no acknowledgement."""
-        if not self.connection.is_closing():
-            self._ack(stream_id, size)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self.gone_at = asyncio.get_running_loop().time()

@@ -14,7 +14,9 @@ What is bounded of one call is in `stream`; how much one user may do in a second
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
+import struct
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from grpclib.config import Configuration
-from grpclib.protocol import Connection, EventsProcessor, H2Protocol, Peer
+from grpclib.protocol import EventsProcessor, H2Protocol, Peer
 from h2.config import H2Configuration
 from h2.errors import ErrorCodes
 from h2.events import RequestReceived, TrailersReceived, UnknownFrameReceived
@@ -39,19 +41,18 @@ from jobrunner.server.limits import Bucket, Rate
 from jobrunner.server.listening import address_of
 from jobrunner.server.stream import ServerStream
 from jobrunner.server.turns import Line, Turns
+from jobrunner.wire.keepalive import KEEPALIVE, PatientConnection
 
 __all__ = ["CONFIGURATION", "MAX_UNSENT", "ServerConnection", "ServerPeer", "ServerProtocol", "Shared"]
 
 CONFIGURATION = Configuration(
-    _keepalive_time=20,
-    _keepalive_timeout=10,
-    _keepalive_permit_without_calls=True,
-    _http2_max_pings_without_data=0,
-    _http2_min_sent_ping_interval_without_data=10,
+    **KEEPALIVE,
     http2_connection_window_size=512 * 1024,
     http2_stream_window_size=128 * 1024,
 )
-"""A dead peer is found within 30 s; what a peer can make the server hold before a handler reads it is small."""
+"""What a peer can make the server hold before a handler reads it is small."""
+BYTES_ACKED = struct.Struct("=Q")
+"""Of the kernel's `tcp_info` (linux/tcp.h)."""
 MAX_UNSENT = 256 * 1024
 """Bytes that TLS holds of what a peer has not read yet, beside what the kernel does; half of asyncio's own bound."""
 
@@ -102,7 +103,7 @@ class ServerPeer(Peer):
         self.protocol = protocol
 
 
-class ServerConnection(Connection):
+class ServerConnection(PatientConnection):
     """grpclib's connection, which knows its protocol."""
 
     protocol: ServerProtocol
@@ -111,6 +112,13 @@ class ServerConnection(Connection):
 
     def get_peer(self) -> ServerPeer:
         return ServerPeer(self.protocol)
+
+    def moved(self) -> int:
+        """Bytes that the peer's kernel has acknowledged: a peer whose windows are small, or full, says nothing for long."""
+        connection: socket.socket | None = self._transport.get_extra_info("socket")
+        if connection is None:
+            return 0  # it has just been closed
+        return int(BYTES_ACKED.unpack_from(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128), 120)[0])
 
 
 class ServerProtocol(H2Protocol):

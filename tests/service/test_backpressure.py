@@ -6,7 +6,7 @@ import os
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
@@ -17,6 +17,7 @@ from jobrunner import JobStatus
 from jobrunner.client import JobClient, channel
 from jobrunner.client.reader import PREFETCH
 from jobrunner.output import Chunk
+from jobrunner.server import http2
 from jobrunner.server.http2 import CONFIGURATION, MAX_UNSENT, ServerConnection
 from jobrunner.server.stream import MAX_AT_ONCE
 from tests.support.http2 import framed, raw_peer
@@ -90,6 +91,34 @@ async def test_a_silent_follow_survives_a_proxy_that_drops_idle_connections(
                 assert proxy.cuts == 0
             assert await direct.get(job.job_id).status() is JobStatus.COMPLETED
     assert data == b"begin\nend\n"
+
+
+async def test_a_slow_line_is_no_dead_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PINGs of both sides wait behind a megabyte of output: for longer than one who is dead would be waited for."""
+    often: dict[str, Any] = {"_keepalive_time": 0.5, "_keepalive_timeout": 1, "_http2_min_sent_ping_interval_without_data": 0.1}
+    monkeypatch.setattr(channel, "_CONFIGURATION", replace(channel._CONFIGURATION, **often))
+    monkeypatch.setattr(http2, "CONFIGURATION", replace(CONFIGURATION, **often))
+    size = channel.STREAM_WINDOW * 3 // 2
+    async with serving(tmp_path) as running, proxy_to(running.address) as proxy:
+        proxy.rate = channel.STREAM_WINDOW / 4
+        own = running.pair("admin", "admin")
+        with fail_after(50):
+            async with JobClient(proxy.address, ca=running.authority.pem, cert=own.cert, key=own.key) as client:
+                job = await client.start("head", "-c", str(size), "/dev/zero")
+                async with job.log() as reader:
+                    assert sum([len(part.data) async for part in reader if isinstance(part, Chunk)]) == size
+        assert proxy.accepted == 1
+
+
+async def test_a_peer_that_answers_nothing_any_more_is_dead_though_its_kernel_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often: dict[str, Any] = {"_keepalive_time": 0.2, "_keepalive_timeout": 0.2, "_http2_min_sent_ping_interval_without_data": 0.1}
+    monkeypatch.setattr(http2, "CONFIGURATION", replace(CONFIGURATION, **often))
+    async with serving(tmp_path) as running, raw_peer(running) as peer:
+        assert (await peer.status(await peer.request("/grpc.health.v1.Health/Check", framed(b""))))[0] == "0"
+        peer.pause()
+        await eventually(lambda: not running.server.listener.live)
 
 
 async def test_a_stalled_reader_is_closed_at_once_with_all_that_it_held(tmp_path: Path) -> None:

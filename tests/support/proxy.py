@@ -13,6 +13,8 @@ __all__ = ["Proxy", "proxy_to"]
 
 RESET = struct.pack("ii", 1, 0)
 """For SO_LINGER: closing sends a reset instead of an end-of-file (socket(7))."""
+SLOW = 4096
+"""Bytes that a slow line takes at once."""
 
 
 class Proxy:
@@ -31,6 +33,9 @@ class Proxy:
         """Whether what comes from the server is thrown away."""
         self.idle: float | None = None
         """Seconds without a byte from the server after which a connection is cut."""
+        self.rate: float | None = None
+        """Bytes in a second that are taken from the server, and no more than a few are held."""
+        self.accepted = 0
         self._budget = budget
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -43,6 +48,7 @@ class Proxy:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
+        self.accepted += 1
         try:
             if not self.refusing:
                 await self._pass(reader, writer)
@@ -54,9 +60,14 @@ class Proxy:
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, _, port = self.target.rpartition(":")
+        own = socket.socket()
+        if self.rate is not None:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW)
         try:
-            from_server, to_server = await asyncio.open_connection(host, int(port))
+            own.connect((host, int(port)))
+            from_server, to_server = await asyncio.open_connection(sock=own)
         except OSError:
+            own.close()
             return  # the server is away: its clients see a connection that is closed
         up = asyncio.create_task(_up(reader, to_server))
         try:
@@ -78,6 +89,8 @@ class Proxy:
                 writer.write(part)
                 self.passed += len(part)
                 await writer.drain()
+                if self.rate is not None:
+                    await asyncio.sleep(len(part) / self.rate)
                 if left is not None:
                     left -= len(part)
                     if left == 0:
@@ -89,7 +102,7 @@ class Proxy:
         """What comes next; None if nothing does for too long."""
         try:
             async with asyncio.timeout(self.idle):
-                return await from_server.read(65536)
+                return await from_server.read(65536 if self.rate is None else SLOW)
         except TimeoutError:
             return None
 

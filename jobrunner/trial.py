@@ -17,7 +17,7 @@ from pathlib import Path
 
 import anyio
 
-from jobrunner import places
+from jobrunner import leavings, places
 from jobrunner.config import RunnerConfig
 from jobrunner.errors import HostError, JobRunnerError, StartFailed
 from jobrunner.handle import RunnerJob
@@ -49,8 +49,10 @@ def run(config: RunnerConfig) -> list[Finding]:
 
 async def _run(config: RunnerConfig) -> list[Finding]:
     found: list[Finding] = []
+    left: list[Finding] = []
     try:
         with anyio.fail_after(TIMEOUT), _place(config) as own:
+            left = await leavings.clear(replace(own, state_dir=config.state_dir))
             async with _opened(own) as runner:
                 await _jobs(runner, found)
     except HostError as exc:
@@ -63,7 +65,7 @@ async def _run(config: RunnerConfig) -> list[Finding]:
         found.append(Finding(level, name, what, "see which file system does not answer: an NFS server that is away?"))
     except OSError as exc:
         found.append(Finding(Level.LIMITED, "offers", f"{exc.filename or 'run'}: {exc.strerror}", "make that possible"))
-    return found
+    return left + found
 
 
 @contextlib.contextmanager
@@ -73,7 +75,7 @@ def _place(config: RunnerConfig) -> Iterator[RunnerConfig]:
     first, count = (ids.first, ids.count) if ids else config.job_uids
     few = min(UIDS, count)
     there = existing(config.state_dir)
-    with put_back() as parent, tempfile.TemporaryDirectory(prefix=".jobrunner-check-", dir=there) as directory:
+    with put_back() as parent, tempfile.TemporaryDirectory(prefix=leavings.PREFIX, dir=there) as directory:
         yield replace(
             config,
             state_dir=Path(directory),

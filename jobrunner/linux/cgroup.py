@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from jobrunner.errors import HostError
 from jobrunner.linux.cgroup_none import NoCgroupHost
 from jobrunner.linux.mountinfo import cgroup_mounts, cgroup_version, own_cgroups
-from jobrunner.linux.user import is_root
+from jobrunner.linux.user import in_user_namespace, is_root
 
 if TYPE_CHECKING:
     from jobrunner.job import Limits, Usage
@@ -90,12 +90,12 @@ class CgroupHost(Protocol):
 def detect(parent: str, base_name: str) -> CgroupHost:
     """The host's cgroup tree. `parent`: a path in every hierarchy, "" for this process's own cgroup.
 
-    HostError if there is none; for who is not root, a host without: then it depends on what jobs may lack.
+    HostError if there is none; for who is not the host's root, a host without: then it depends on what jobs may lack.
     """
     try:
         return _detect(parent, base_name)
     except HostError as exc:
-        if is_root():
+        if is_root() and not in_user_namespace():
             raise
         return NoCgroupHost(exc.message.partition("; ")[0])
 

@@ -1,7 +1,8 @@
-"""Jobs without cgroups: a server that is not root, and to whose user none are delegated.
+"""Jobs without cgroups: a server that is not root, or root of a rootless container alone, and to whose user none are delegated.
 
-No limit of a cgroup holds then, but one: a user namespace has its own count of tasks, so RLIMIT_NPROC is the exact limit of a job's
-(getrlimit(2), Linux 5.14). Nothing is left of a job whose shim was killed, because init dies with it and the rest with init.
+No limit of a cgroup holds then, but one: a user namespace has its own count of each user's tasks, so RLIMIT_NPROC is the exact
+limit of a job's (getrlimit(2), Linux 5.14). Nothing is left of a job whose shim was killed, because init dies with it and the rest
+with init.
 """
 
 from __future__ import annotations

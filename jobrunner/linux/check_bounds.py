@@ -40,7 +40,7 @@ def _state_dir(path: Path) -> Finding:
     try:  # there are file systems that access(2) calls writable, and that take no directory: proc(5)
         Path(tempfile.mkdtemp(prefix=".jobrunner-check-", dir=there)).rmdir()
     except OSError as exc:
-        remedy = "another --state-dir; docker: a volume for it, -v jobrunner:/var/lib/jobrunner; systemd: StateDirectory=jobrunner"
+        remedy = "another --state-dir; docker, podman: a volume, -v jobrunner:/var/lib/jobrunner; systemd: StateDirectory=jobrunner"
         return Finding(Level.MISSING, "state directory", f"{path}: {there} cannot be written to: {exc.strerror}", remedy)
     aside = [name for name in _names(path / "corrupt") if not name.endswith(".why")]
     if aside:
@@ -49,7 +49,7 @@ def _state_dir(path: Path) -> Finding:
     mount = mount_of(os.path.realpath(there), read_mountinfo())
     if mount is not None and mount.fstype in MEMORY:
         what = f"{path} is on {mount.fstype}: jobs and their output are lost with the machine's memory"
-        return Finding(Level.LIMITED, "state directory", what, "a --state-dir on a disk; docker: a named volume")
+        return Finding(Level.LIMITED, "state directory", what, "a --state-dir on a disk; docker, podman: a named volume")
     return Finding(Level.OK, "state directory", f"{path}, on {mount.fstype if mount else 'an unknown file system'}")
 
 
@@ -81,7 +81,7 @@ def _open_files(needs: Needs) -> Finding:
     wanted = needs.max_running + FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         remedy = (
-            f"ulimit -n {wanted}; docker: --ulimit nofile={wanted}; compose: ulimits: {{nofile: {wanted}}}; systemd: "
+            f"ulimit -n {wanted}; docker, podman: --ulimit nofile={wanted}; compose: ulimits: {{nofile: {wanted}}}; systemd: "
             f"LimitNOFILE={wanted}"
         )
         return Finding(Level.LIMITED, "open files", f"{soft}, about {wanted} for max_running = {needs.max_running}", remedy)
@@ -97,7 +97,7 @@ def _processes(needs: Needs) -> Finding:
     here = _tightest_pids()
     if here is not None and here < wanted - 1000:
         what = f"this cgroup allows {here}, about {wanted - 1000} for max_running = {needs.max_running}"
-        remedy = "docker: --pids-limit -1; compose: pids_limit: -1; systemd: TasksMax=infinity"
+        remedy = "docker, podman: --pids-limit -1; compose: pids_limit: -1; systemd: TasksMax=infinity"
         return Finding(Level.LIMITED, "processes", what, remedy)
     return Finding(Level.OK, "processes", f"kernel.pid_max is {most}")
 

@@ -24,6 +24,8 @@ from jobrunner.linux.mountinfo import CgroupMount, cgroup_mounts, own_cgroups
 __all__ = ["cgroups", "limits_apply", "put_back"]
 
 JOB_ID = "0" * 12
+BASE = "jobrunner-check-"
+"""And the number of this process."""
 OF_CONTROLLER = {
     "cpu": ("cpus",),
     "memory": ("memory",),
@@ -49,6 +51,7 @@ _ABOVE = (
     "a larger limit there (docker: --cpus, --memory, --pids-limit, systemd: CPUQuota=, MemoryMax=, TasksMax=), or smaller defaults"
 )
 _DISK = "put state_dir on a file system with a disk of its own (ext4, xfs), or name the limit in allow_missing"
+_MASKED = "podman: --security-opt unmask=/sys/dev/block"
 _OTHER_DISK = "let jobs write where state_dir is, whose disk is limited (docker: --read-only; compose: read_only: true)"
 
 
@@ -56,18 +59,30 @@ def cgroups(needs: Needs) -> list[Finding]:
     """A line for the tree, one for each controller, and what is not held in full."""
     with put_back() as parent:
         try:
-            host = detect(needs.cgroup_parent or parent, f"jobrunner-check-{os.getpid()}")
+            host = detect(needs.cgroup_parent or parent, f"{BASE}{os.getpid()}")
         except HostError as exc:
             return [from_error("cgroup", exc)]
         if isinstance(host, NoCgroupHost):
             return no_cgroups(host, needs)
         with contextlib.closing(host):
+            _sweep(needs.cgroup_parent or parent)
             tree = Finding(Level.OK, "cgroup", f"{host.version}, can be written to")
             return [tree, *_controllers(host, needs), *_kill(host)]
 
 
+def _sweep(parent: str) -> None:
+    """Remove what checks that were killed have left: nobody was ever in it."""
+    own = own_cgroups()
+    for name, mount in cgroup_mounts().items():
+        top = Path(mount.directory(parent or own.get(name, "/")))
+        for base in top.glob(f"{BASE}*"):
+            if not Path("/proc", base.name.removeprefix(BASE)).exists():
+                kernfs.remove([*sorted(base.rglob("*/"), reverse=True), base])
+
+
 def limits_apply(host: CgroupHost, needs: Needs) -> list[Finding]:
     """What is missing of the configured defaults, for a server that starts: what may be, and what no job starts without."""
+    host.reopen(JOB_ID, {}).remove()  # of a server that was killed just here; nobody was ever in it
     try:
         cgroup = host.create(JOB_ID, needs.defaults, disk.disks_under([existing(needs.state_dir), "/"]), needs.allow_missing)
     except LimitNotApplied as exc:
@@ -112,7 +127,7 @@ def _not_applied(
     found = _lacking(host, controller, exc)
     if controller == "io" and not any(one.device for one in disks):
         # A default of disk I/O is not kept where there is no disk; every other one stops each job that starts.
-        return replace(found, level=Level.LIMITED, remedy=_DISK)
+        return replace(found, level=Level.LIMITED, remedy=_of_disk(disks))
     optional = name in needs.allow_missing or getattr(needs.defaults, name) is None
     return replace(found, level=Level.LIMITED) if optional else found
 
@@ -139,7 +154,12 @@ def _remedy(what: str, controller: str, disks: list[disk.Disk]) -> str:
         return _V2
     if controller == "memory":
         return _SWAP
-    return _OTHER_DISK if disks[0].device else _DISK  # the first is the state directory's
+    return _OTHER_DISK if disks[0].device else _of_disk(disks)  # the first is the state directory's
+
+
+def _of_disk(disks: list[disk.Disk]) -> str:
+    """podman hides /sys/dev/block, by which a disk's parts are told from the whole."""
+    return _MASKED if "/sys/dev/block" in disks[0].reason else _DISK
 
 
 def _kill(host: CgroupHost) -> Iterator[Finding]:

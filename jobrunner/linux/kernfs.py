@@ -17,7 +17,7 @@ import anyio
 
 from jobrunner.errors import HostError
 from jobrunner.job import Limits
-from jobrunner.linux.user import is_root
+from jobrunner.linux.user import in_user_namespace, is_root
 
 __all__ = [
     "PERIOD",
@@ -48,14 +48,18 @@ BATCH = 256
 ROUNDS = 16
 PAGE = os.sysconf("SC_PAGE_SIZE")
 REMEDY = (
-    "the server needs a writable cgroup tree (start it with sudo; docker: the image's own entrypoint, with --cap-add SYS_ADMIN "
-    "--security-opt apparmor=unconfined; systemd: Delegate=yes)"
+    "the server needs a writable cgroup tree (start it with sudo; docker, podman: the image's own entrypoint, with --cap-add "
+    "SYS_ADMIN --security-opt apparmor=unconfined; systemd: Delegate=yes)"
 )
 USER_REMEDY = (
     "start it where cgroups are delegated to this user: systemd-run --user --scope -p Delegate=yes jobrunnerd ... (for all "
     "controllers: docs/rootless.md), or as root, or let jobs lack what they then lack"
 )
-"""The last half sentence is followed by the setting."""
+CONTAINER_REMEDY = (
+    "docker, podman: not rootless; or podman on cgroup v2 with systemd, whose users have cgroups of their own; or let jobs lack "
+    "what they then lack"
+)
+"""The last half sentence of both is followed by the setting."""
 
 
 class LimitNotApplied(HostError):
@@ -99,7 +103,9 @@ class Outcome:
 
 def remedy() -> str:
     """What to do where the tree cannot be written to."""
-    return REMEDY if is_root() else USER_REMEDY
+    if not is_root():
+        return USER_REMEDY
+    return CONTAINER_REMEDY if in_user_namespace() else REMEDY
 
 
 def can_enter(own: str | Path, directory: Path) -> bool:

@@ -36,6 +36,21 @@ _PROC = (
     "the outer /proc is masked: docker: --security-opt systempaths=unconfined; compose: security_opt: [systempaths:unconfined]; "
     "podman: --security-opt unmask=ALL; systemd: no ProtectKernelTunables=, ProtectProc= or ProcSubset="
 )
+_TASKS = (
+    "more processes: docker, podman: --pids-limit -1; systemd: TasksMax=infinity, LimitNPROC=infinity; ulimit -u; kernel.pid_max, "
+    "kernel.threads-max"
+)
+_FULL = "make room on the file system of state_dir, of bytes and of inodes (df, df -i)"
+_FILES = "ulimit -n 1600; docker, podman: --ulimit nofile=1600; systemd: LimitNOFILE=1600"
+_OF_ERROR = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: "more of the quota of the server's user on the file system of state_dir (quota -s)",
+    errno.EMFILE: _FILES,
+    errno.ENFILE: "sysctl -w fs.file-max=1000000",
+    errno.ENOMEM: "more memory: docker, podman: --memory; systemd: MemoryMax=",
+    errno.EFBIG: "ulimit -f unlimited; systemd: LimitFSIZE=infinity",
+}
+"""Of whichever step."""
 _UNKNOWN = "no remedy is known for this: please report it, with `uname -a`"
 _OF_NAMESPACES = {"network": "net", "mount": "mnt"}
 """What user.max_*_namespaces calls them, where that is not the name of the probe."""
@@ -56,6 +71,10 @@ def of_step(step: str, error: int, what: str = "") -> str:
         return _APPARMOR
     if step == "mount" and what in ("proc", "/proc") and error == errno.EPERM:
         return _PROC
+    if error in _OF_ERROR and (step, error) not in _OF_STEP and step not in ("clone", "idmap"):
+        return _OF_ERROR[error]
+    if step == "clone" and error == errno.EAGAIN:
+        return _TASKS
     if step in ("clone", "idmap") and error == errno.ENOSPC:
         name = "user" if step == "idmap" else _OF_NAMESPACES.get(what, what)
         return f"sysctl -w user.max_{name}_namespaces=65536"

@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["give", "identity", "is_root"]
+__all__ = ["give", "identity", "in_user_namespace", "is_root"]
 
 
 def is_root() -> bool:
     """Whether jobs can have any uid of this host's."""
     return os.geteuid() == 0
+
+
+def in_user_namespace() -> bool:
+    """Whether this is no host's own user namespace but one below, as in a rootless container: its root is an ordinary user's."""
+    try:
+        lines = Path("/proc/self/uid_map").read_text().split()
+    except OSError:
+        return False
+    return lines != ["0", "0", str(0xFFFFFFFF)]
 
 
 def give(directory: Path, uid: int, gid: int) -> None:

@@ -36,7 +36,8 @@ static int set_limits(const struct plan *plan, struct report *why)
 {
 	const struct rlimit none = {1, 1}, files = {(rlim_t)plan->open_files, (rlim_t)plan->open_files};
 	/* What is counted are the tasks of the command's uid: with init only where that is init's too. */
-	const rlim_t counted = (rlim_t)(plan->processes - has_own_ids(plan));
+	const bool with_init = plan->user_namespace && !has_own_ids(plan);
+	const rlim_t counted = (rlim_t)(with_init ? plan->processes : plan->processes - 1);
 	const struct rlimit processes = {counted, counted};
 	setrlimit(RLIMIT_CORE, &none);
 	if (plan->open_files >= 0 && setrlimit(RLIMIT_NOFILE, &files) != 0)

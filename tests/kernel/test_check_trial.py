@@ -11,9 +11,15 @@ from typing import Any
 
 import pytest
 
+from jobrunner import Limits
+from jobrunner.linux.cgroup import detect
+from jobrunner.linux.check_cgroup import JOB_ID
 from jobrunner.linux.remedies import NEEDED
+from jobrunner.sandbox import base_name
 from jobrunner.trial import _untrue
-from tests.support.runner import cgroup_directories, shims_below
+from tests.support.runner import cgroup_directories, open_runner, shims_below
+from tests.support.shim import wait_until
+from tests.support.timing import at_most
 
 pytestmark = [pytest.mark.requires("root", "command:setpriv"), pytest.mark.timeout(120)]
 
@@ -47,6 +53,50 @@ def test_a_job_is_run_and_nothing_is_left_of_it(settings: Path) -> None:
     assert os.listdir(settings.parent / "state") == []
     assert shims_below(settings.parent) == []
     assert cgroup_directories(f"jobrunner-check-{pid.read_text().strip()}") == []
+
+
+@pytest.mark.parametrize("until", ["lock", "jobs/*/ctl", "jobs/*/exit"])
+def test_a_check_that_is_killed_is_cleared_by_the_next_one(settings: Path, until: str) -> None:
+    (settings.parent / "state").mkdir()
+    settings.write_text('state_dir = "state"')
+    killed = subprocess.Popen([JOBRUNNERD, "check", "--config", str(settings)], stdout=subprocess.DEVNULL)
+    wait_until(lambda: any(settings.parent.glob(f"state/.jobrunner-check-*/{until}")), seconds=at_most(30))
+    killed.kill()
+    killed.wait()
+    (left,) = settings.parent.glob("state/.jobrunner-check-*")
+    found = check(settings, "")["leavings"]
+    assert (found["level"], found["what"]) == ("ok", f"of a check that was killed: {left} is removed, with its jobs")
+    assert os.listdir(settings.parent / "state") == []
+    assert shims_below(settings.parent) == []
+    assert cgroup_directories(base_name(left)) == []
+    assert "leavings" not in check(settings, "")
+
+
+def test_cgroups_of_a_check_that_was_killed_are_removed(settings: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = detect("", f"jobrunner-check-{dead.pid}")
+    host.create("0" * 12, Limits(memory=1 << 26))
+    assert cgroup_directories(f"jobrunner-check-{dead.pid}") != []
+    check(settings, "")
+    assert cgroup_directories(f"jobrunner-check-{dead.pid}") == []
+
+
+async def test_a_server_that_was_killed_while_it_tried_its_limits_keeps_the_next_from_nothing(tmp_path: Path) -> None:
+    name = base_name(tmp_path / "state")
+    detect("", name).create(JOB_ID, Limits())
+    assert cgroup_directories(JOB_ID)
+    async with open_runner(tmp_path):
+        assert [path for path in cgroup_directories(JOB_ID) if name in path] == []
+
+
+def test_what_a_stranger_calls_a_check_is_left_alone(settings: Path) -> None:
+    stranger = settings.parent / "state/.jobrunner-check-stranger"
+    stranger.mkdir(parents=True)
+    os.chown(stranger, UID, UID)
+    (stranger / "lock").touch()
+    assert "leavings" not in check(settings, "")
+    assert stranger.exists()
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,6 @@ _V2_CONTROLLER = (
     "systemd: Delegate=yes, and {0} in the cgroup.subtree_control of every cgroup above; where cgroup v1 holds it: boot with "
     "cgroup_no_v1=all systemd.unified_cgroup_hierarchy=1; or name the limit in allow_missing"
 )
-_UNIFIED = "Linux 5.14 or later; beside v1: mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified"
 _SWAP = "boot with swapaccount=1, or swapoff -a"
 _ABOVE = (
     "a larger limit there (docker: --cpus, --memory, --pids-limit, systemd: CPUQuota=, MemoryMax=, TasksMax=), or smaller defaults"

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["RunnerJob"]
 
 logger = logging.getLogger(__name__)
+DURABLE_WITHIN = 2.0
+"""Seconds that the disk has to take a stop before it is carried out all the same."""
 GONE_AFTER_KILL = 5.0
 """Seconds that a killed tree may take to go away before a stop is told as failed."""
 
@@ -125,13 +127,24 @@ class RunnerJob:
             if self.stop_asked_by is None:
                 self.stop_asked_by = request.by
             # Order: the file first, durably, then the line. A stop that was asked for holds even if this server dies in between.
-            try:
-                await anyio.to_thread.run_sync(self._runner.state.write_stop, self.job_id, request)
-            except OSError as exc:
-                # A full disk must not keep a job alive. Without the file the shim takes the job's own signal and grace period.
-                logger.error("cannot write stop of job %s: %s; it is asked to stop all the same", self.job_id, exc.strerror)
-        if self.shim is not None:
+            # A disk that is full, or stalls, must not keep a job alive: without the file the shim takes the job's own signal and
+            # grace period.
+            write = self._runner.tasks.spawn(self._write_stop(request))
+            if not (await asyncio.wait((write,), timeout=DURABLE_WITHIN))[0]:
+                why = f"the disk has not taken it in {DURABLE_WITHIN:g} s"
+                logger.error("cannot write stop of job %s: %s; it is asked to stop all the same", self.job_id, why)
+                write.add_done_callback(lambda _: self._say_stop())  # again: now with the grace period that was asked for
+        self._say_stop()
+
+    def _say_stop(self) -> None:
+        if self.shim is not None and not self.ended:
             self.shim.send(b"stop\n")
+
+    async def _write_stop(self, request: StopRequest) -> None:
+        try:
+            await anyio.to_thread.run_sync(self._runner.state.write_stop, self.job_id, request)
+        except OSError as exc:
+            logger.error("cannot write stop of job %s: %s; it is asked to stop all the same", self.job_id, exc.strerror)
 
     def log(
         self,

@@ -6,7 +6,7 @@ import math
 import threading
 from collections import OrderedDict
 
-from jobrunner.log.segments import DATA, STREAMS, Segment
+from jobrunner.log.segments import DATA, SIZE, STREAMS, Segment
 from jobrunner.output import Chunk
 
 __all__ = ["BLOCK", "LARGE", "MERGE_NS", "ChunkCache", "cut_chunk"]
@@ -44,7 +44,7 @@ def cut_chunk(
         record = segment.record(number + 1, nowait)
         if record is None or (record.kind, record.stream) != (DATA, first.stream) or record.time_ns >= before:
             break
-        if record.size is not None and record.end - record.size != last.end:
+        if record.lost and record.end - (record.lost & SIZE) != last.end:  # as `record.size`, which costs a call
             break
         number, last = number + 1, record
     stop = min(last.end, border)

@@ -1,7 +1,8 @@
-"""Processes that nothing ends, because they wait for a disk: a uid is not another job's while one of them may have it."""
+"""A disk that stalls: a uid is not another job's while a process that nothing ends may have it, and no stop waits for the disk."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -81,3 +82,19 @@ async def test_a_job_of_which_a_process_cannot_die_keeps_its_uid_until_it_has(tm
             assert (await (await runner.get(job.job_id)).wait()).end_reason == "lost"
             await runner.settled()
         assert (await run(runner, JobSpec("true"))).exit_code == 0
+
+
+async def test_a_stop_of_a_job_whose_records_are_on_a_disk_that_stalls_ends_it(own_disk: Path) -> None:
+    async with open_runner(own_disk) as runner:
+        job = await runner.start(JobSpec("sleep", ("100",), grace=0))
+        (shim,) = shims_below(runner.state.directory(job.job_id))
+        init = os.pidfd_open(int(read_proc(shim, f"task/{shim}/children")))
+        with stalled(own_disk):
+            asking = asyncio.ensure_future(job.stop(grace=0, by="alice"))
+            with fail_after(20):
+                await anyio.wait_readable(init)
+        os.close(init)
+        with fail_after(20):
+            await asyncio.wait([asking])
+            info = await job.wait()
+    assert (info.end_reason, info.stopped_by) == ("stopped", "alice")

@@ -11,7 +11,6 @@ from jobrunner.errors import ConfigError
 from jobrunner.identity import PROJECT_IDS, range_of
 from jobrunner.job import Limits, OutputPolicy
 from jobrunner.offers import Offers
-from jobrunner.units import parse_address
 
 __all__ = ["BOUNDS", "DEFAULTS", "NO_LIMITS", "NO_OFFERS", "RunnerConfig", "ServerConfig"]
 
@@ -126,8 +125,3 @@ class ServerConfig:
     """What becomes of the jobs that run when the server is told to leave: `keep` lets them run on, `stop` stops them first."""
     shutdown_grace: float = 5.0
     """Seconds that `stop` gives a job at most: less than what a container's runtime gives the server, 10 s with docker stop."""
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port of `listen`."""
-        return parse_address(self.listen)

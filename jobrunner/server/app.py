@@ -80,16 +80,7 @@ class JobServer(Server):
         self._changed = self._shared.changed
         self._trust = trust
         self.account = account
-        self.listener = Listener(
-            trust.context,
-            trust.admit,
-            account,
-            self._protocol_factory,
-            max_connections=bounds.max_connections,
-            max_pending=bounds.max_pending_handshakes,
-            handshake_timeout=bounds.handshake_timeout,
-            shutdown_timeout=SHUTDOWN_TIMEOUT,
-        )
+        self.listener = Listener(trust.context, trust.admit, account, self._protocol_factory, bounds, SHUTDOWN_TIMEOUT)
         events.listen(self, RecvRequest, self._admit)
         attach(self)
 

@@ -36,8 +36,6 @@ class Identity:
 
     user: str
     role: Role
-    serial: str
-    """Of the certificate, as `jobrunner certs show` has it."""
 
 
 MAX_NAME = 64
@@ -108,7 +106,7 @@ def identify(certificate: Mapping[str, Any] | None, now: float) -> Identity:
         raise PermissionDenied(f"the client certificate has {len(names)} common names (CN), one is the user")
     if len(names[0]) > MAX_NAME or not names[0].isprintable():
         raise PermissionDenied(f"the client certificate's common name (CN) is not up to {MAX_NAME} characters that can be printed")
-    return Identity(names[0], Role(units[0]), _serial(certificate))
+    return Identity(names[0], Role(units[0]))
 
 
 def authorize(method: str, certificate: Mapping[str, Any] | None, table: Mapping[str, frozenset[Role]], address: str) -> Identity:
@@ -129,16 +127,14 @@ def who(certificate: Mapping[str, Any] | None, address: str) -> dict[str, str]:
     """The caller for the audit log, acceptable or not."""
     known = certificate or {}
     user, role = (",".join(_attributes(known, name)) for name in ("commonName", "organizationalUnitName"))
-    return {"address": address, "user": user, "role": role, "serial": _serial(known)}
+    # As `jobrunner certs show` has it, and `revoke` takes it.
+    serial = f"{int(known['serialNumber'], 16):x}" if "serialNumber" in known else ""
+    return {"address": address, "user": user, "role": role, "serial": serial}
 
 
 def _attributes(certificate: Mapping[str, Any], name: str) -> list[str]:
     """All values of one attribute of the subject; a name may have several, also within one RDN."""
     return [value for rdn in certificate.get("subject", ()) for key, value in rdn if key == name]
-
-
-def _serial(certificate: Mapping[str, Any]) -> str:
-    return f"{int(certificate['serialNumber'], 16):x}" if "serialNumber" in certificate else ""
 
 
 def _subject(certificate: Mapping[str, Any] | None) -> str:

@@ -19,6 +19,7 @@ from jobrunner.server.listening import address_of
 from jobrunner.server.turns import Turns
 
 if TYPE_CHECKING:
+    from jobrunner.bounds import Bounds
     from jobrunner.server.account import Account
 
 __all__ = ["Listener", "Refused", "TlsConnection", "verified_chain"]
@@ -37,15 +38,12 @@ class Listener:
         admit: Callable[[list[bytes]], tuple[Any, str]],
         account: Account,
         app_protocol: Callable[[], asyncio.Protocol],
-        *,
-        max_connections: int,
-        max_pending: int,
-        handshake_timeout: float,
+        bounds: Bounds,
         shutdown_timeout: float,
     ) -> None:
         """`admit` is given a client's verified certificates, its own first, DER: who it is, and why it may not be served, or "".
 
-        `app_protocol` makes what speaks on a connection whose peer has been authenticated. Times are seconds.
+        `app_protocol` makes what speaks on a connection whose peer has been authenticated. `shutdown_timeout` is seconds.
         """
         self.context = context
         self.admit = admit
@@ -53,7 +51,7 @@ class Listener:
         self.known = Counter[str]()
         """Addresses from which clients are connected, and how many: a flood from elsewhere does not delay their next connection."""
         self._turns, self._turns_of_known = Turns(STEPS, STEPS_OF_ALL), Turns(STEPS)
-        self.handshake_timeout = handshake_timeout
+        self.handshake_timeout = bounds.handshake_timeout
         self.shutdown_timeout = shutdown_timeout
         self.pending: dict[TlsConnection, None] = {}
         """In the order in which they came."""
@@ -62,8 +60,8 @@ class Listener:
         """All whose socket is not closed yet, whatever has become of them."""
         self._one_left = asyncio.Event()
         self._app_protocol = app_protocol
-        self._max_connections = max_connections
-        self._max_pending = max_pending
+        self._max_connections = bounds.max_connections
+        self._max_pending = bounds.max_pending_handshakes
 
     def __repr__(self) -> str:
         return f"<Listener {len(self.live)} live, {len(self.pending)} pending>"

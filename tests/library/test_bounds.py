@@ -16,7 +16,7 @@ from jobrunner.settings import KEYS, load, load_runner
 DOCUMENT = Path(__file__).parents[2] / "docs/bounds.md"
 GIVEN = {"state_dir": "/state", "ca": "/ca", "cert": "/cert", "key": "/key"}
 OF_JOBS = [one.name for one in fields(RunnerConfig) if re.search("^max_|_per_user$|_timeout$", one.name)]
-DEFAULTS = {**{name: getattr(RunnerConfig(state_dir=Path("/state")), name) for name in OF_JOBS}}
+DEFAULTS = {name: getattr(RunnerConfig(state_dir=Path("/state")), name) for name in OF_JOBS}
 DEFAULTS |= {name: getattr(Bounds(), name) for name in READERS}
 
 

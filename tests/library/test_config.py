@@ -37,7 +37,6 @@ def test_defaults() -> None:
     )
     assert config.runner.defaults == DEFAULTS
     assert config.runner.ceilings == Limits()
-    assert config.address == ("127.0.0.1", 7443)
 
 
 def test_every_field_has_a_key_and_every_key_a_field() -> None:

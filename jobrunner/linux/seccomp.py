@@ -84,6 +84,7 @@ def compile_filter() -> bytes:
         rules.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.ERRNO(errno.EPERM))
         rules.set_attr(pyseccomp.Attr.CTL_OPTIMIZE, 2)  # a binary tree: few steps for a call that is allowed
         _add_rules(rules, pyseccomp)
+        _add_socket_rules(rules, pyseccomp)
         with os.fdopen(os.memfd_create("jobrunner-seccomp"), "w+b") as file:
             rules.export_bpf(file)
             file.seek(0)
@@ -94,7 +95,7 @@ def compile_filter() -> bytes:
 
 def _add_rules(rules: Any, library: Any) -> None:
     arg, masked = library.Arg, library.MASKED_EQ
-    denied, unknown = library.ERRNO(errno.EPERM), library.ERRNO(errno.EAFNOSUPPORT)
+    denied = library.ERRNO(errno.EPERM)
     for call in (*DENIED, *DENIED_NUMBERS.values()):
         rules.add_rule(denied, call)
     # glibc and musl fall back to clone, whose flags can be looked at; those of clone3 are behind a pointer.
@@ -112,19 +113,6 @@ def _add_rules(rules: Any, library: Any) -> None:
         rules.add_rule(denied, "ioctl", arg(1, masked, WORD, command))
     # Its first argument is a process, and of a server that is not root a job's pid 1 has the job's uid: it keeps its limits.
     rules.add_rule(denied, "prlimit64", arg(0, masked, WORD, 1))
-    for family in range(HIGHEST_FAMILY):
-        if family not in FAMILIES:
-            rules.add_rule(unknown, "socket", arg(0, masked, WORD, family))
-    rules.add_rule(unknown, "socket", arg(0, library.GT, HIGHEST_FAMILY))
-    no_protocol = library.ERRNO(errno.EPROTONOSUPPORT)
-    netlink = arg(0, masked, WORD, 16)
-    for protocol in set(range(HIGHEST_NETLINK)) - set(NETLINK):
-        rules.add_rule(no_protocol, "socket", netlink, arg(2, masked, WORD, protocol))
-    rules.add_rule(no_protocol, "socket", netlink, arg(2, library.GT, HIGHEST_NETLINK))
-    for protocol in PROTOCOLS.values():
-        rules.add_rule(no_protocol, "socket", arg(2, masked, WORD, protocol))
-    for option in SOCKET_FILTERS.values():
-        rules.add_rule(denied, "setsockopt", arg(1, masked, WORD, SOL_SOCKET), arg(2, masked, WORD, option))
     # As a kernel says that does not have it.
     listener = arg(1, masked, NEW_LISTENER, NEW_LISTENER)
     rules.add_rule(library.ERRNO(errno.EINVAL), "seccomp", arg(0, masked, WORD, SET_MODE_FILTER), listener)
@@ -137,3 +125,21 @@ def _add_rules(rules: Any, library: Any) -> None:
     rules.add_rule(denied, "prlimit64", arg(1, masked, WORD, RLIMIT_CORE), arg(2, library.NE, 0), arg(3, library.NE, 0))
     for flag in LAXER:
         rules.add_rule(denied, "personality", arg(0, masked, flag | PERSONALITY_ASK_BIT, flag))
+
+
+def _add_socket_rules(rules: Any, library: Any) -> None:
+    arg, masked = library.Arg, library.MASKED_EQ
+    denied, no_protocol = library.ERRNO(errno.EPERM), library.ERRNO(errno.EPROTONOSUPPORT)
+    unknown = library.ERRNO(errno.EAFNOSUPPORT)
+    for family in range(HIGHEST_FAMILY):
+        if family not in FAMILIES:
+            rules.add_rule(unknown, "socket", arg(0, masked, WORD, family))
+    rules.add_rule(unknown, "socket", arg(0, library.GT, HIGHEST_FAMILY))
+    netlink = arg(0, masked, WORD, 16)
+    for protocol in set(range(HIGHEST_NETLINK)) - set(NETLINK):
+        rules.add_rule(no_protocol, "socket", netlink, arg(2, masked, WORD, protocol))
+    rules.add_rule(no_protocol, "socket", netlink, arg(2, library.GT, HIGHEST_NETLINK))
+    for protocol in PROTOCOLS.values():
+        rules.add_rule(no_protocol, "socket", arg(2, masked, WORD, protocol))
+    for option in SOCKET_FILTERS.values():
+        rules.add_rule(denied, "setsockopt", arg(1, masked, WORD, SOL_SOCKET), arg(2, masked, WORD, option))

@@ -38,7 +38,8 @@ sys.modules["tests.hostile.inside.base"].main(*sys.argv[1:])
 """
 SMALL = Limits(memory=192 << 20, pids=64, timeout=at_most(30), output_limit=4 << 20)
 """What a hostile job may use: the host survives it even where a protection is left out."""
-HEART = "while :; do echo beat; sleep 0.05; done"
+HEART = "import time\nwhile True: print('beat', flush=True); time.sleep(0.05)"
+"""Beats on where no process can be made any more."""
 
 
 def _unprotected(name: str) -> Callable[[LaunchPlan], dict[str, Any]]:
@@ -184,6 +185,6 @@ async def open_arena(path: Path, **config: Any) -> AsyncIterator[Arena]:
         arena = Arena(runner)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sandbox, "pack_plan", arena.packing(vars(sandbox)["pack_plan"]))
-            arena.bystander = await runner.start(JobSpec("/bin/sh", ("-c", HEART), env={"SECRET": arena.secret}), user="alice")
+            arena.bystander = await runner.start(JobSpec(PYTHON, ("-c", HEART), env={"SECRET": arena.secret}), user="alice")
             yield arena
             await arena.heartbeat()

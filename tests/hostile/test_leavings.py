@@ -95,7 +95,6 @@ async def test_a_careless_walk_would_be_hurt(
 
 
 @pytest.mark.requires("command:mkfs.btrfs")
-@pytest.mark.generation("v1")  # the virtual machine has no btrfs
 async def test_no_file_system_is_left_below_a_directory(tmp_path: Path) -> None:
     """On btrfs its owner may make one, and what is in a read-only one not even root removes by unlink(2)."""
     image, here = tmp_path / "image", tmp_path / "here"

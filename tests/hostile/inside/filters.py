@@ -27,14 +27,12 @@ class Program:
 
 
 @attack
-def attach(option: str, count: str = "1") -> str:
-    """So many, each as long as can be, by that option of setsockopt(2); a descriptor keeps each."""
-    program = Program(*[LOAD_LENGTH] * 4095, RETURN)
-    held = []
-    for _ in range(int(count)):
-        held.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-        held[-1].setsockopt(socket.SOL_SOCKET, int(option), program.head)
-    return f"{count} filters"
+def attach(option: str) -> str:
+    """By that option of setsockopt(2); the socket keeps it."""
+    program = Program(*[LOAD_LENGTH] * 1000, RETURN)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as held:
+        held.setsockopt(socket.SOL_SOCKET, int(option), program.head)
+    return "attached"
 
 
 def no_new_privileges() -> None:

@@ -86,24 +86,28 @@ def work_kind(limits: Limits, projects: Projects) -> str:
 
 
 class Looks:
-    """Threads that look at directories of the host. Those whose file server is dead are left to themselves, up to a number."""
+    """Threads that look at directories of the host. Those whose file server is dead are left to themselves, up to a number.
+
+    A user has a quarter of it at most: his volume that hangs is no reason why others are kept from theirs.
+    """
 
     def __init__(self, most: int = 64) -> None:
         self.most = most
-        self._under_way: set[object] = set()
+        self._under_way: dict[object, str] = {}
 
-    async def run(self, seconds: float, work: Callable[[], T]) -> T:
+    async def run(self, user: str, seconds: float, work: Callable[[], T]) -> T:
         """Raises TimeoutError after so many seconds, or at once where as many as may be are under way."""
         look = object()
 
         def thread() -> T:
-            self._under_way.add(look)
+            self._under_way[look] = user
             try:
                 return work()
             finally:
-                self._under_way.discard(look)
+                self._under_way.pop(look)
 
-        if len(self._under_way) >= self.most:
+        users = list(self._under_way.values())
+        if len(users) >= self.most or users.count(user) >= self.most // 4:
             raise TimeoutError
         with anyio.fail_after(seconds):
             return await anyio.to_thread.run_sync(thread, abandon_on_cancel=True)
@@ -117,7 +121,7 @@ async def mounts(
         return []
     # A directory may be away for long, or for ever, and quotas are on disk: so not on the loop.
     try:
-        return await looks.run(config.start_timeout, partial(_mounts, record, config, state, workspaces))
+        return await looks.run(record.user, config.start_timeout, partial(_mounts, record, config, state, workspaces))
     except TimeoutError as exc:
         step, names = ("volume", record.spec.volumes) if record.spec.volumes else ("root", (record.spec.root,))
         raise StartFailed(record.spec.command, step, errno.ETIMEDOUT, " ".join(names)) from exc

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import resource
 import tempfile
 from collections.abc import Iterator
@@ -13,9 +14,12 @@ from pathlib import Path
 from jobrunner.linux.disk import MEMORY
 from jobrunner.linux.finding import Finding, Level, Needs, existing, number
 from jobrunner.linux.mountinfo import cgroup_mounts, mount_of, own_cgroups, read_mountinfo
+from jobrunner.linux.remedies import capabilities
+from jobrunner.linux.user import in_user_namespace
 
 __all__ = ["bounds"]
 
+CAP_SYS_RESOURCE = 24
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 """Its inode in every kernel: PROC_PID_INIT_INO of include/linux/proc_ns.h."""
 PROCESSES_PER_JOB = 3
@@ -33,6 +37,7 @@ def bounds(needs: Needs) -> Iterator[Finding]:
     yield _lifetime()
     yield _apparmor()
     yield _core_dumps()
+    yield _out_of_memory()
 
 
 def _state_dir(path: Path) -> Finding:
@@ -147,3 +152,14 @@ def _core_dumps() -> Finding:
         return Finding(Level.LIMITED, "core dumps", what, "sysctl kernel.core_pattern=core, or a pipe")
     more = f", nor starts {pattern[1:].split(' ')[0]}" if pattern.startswith("|") else ""
     return Finding(Level.OK, "core dumps", f"a job that crashes leaves none{more}")
+
+
+def _out_of_memory() -> Finding:
+    """proc_pid_oom_score_adj(5): what a process with CAP_SYS_RESOURCE sets, one without it cannot set lower again."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    first = "when the host is out of memory jobs go before the host's own (oom_score_adj 500)"
+    if found and int(found[1], 16) >> CAP_SYS_RESOURCE & 1 and not in_user_namespace():
+        return Finding(Level.OK, "out of memory", first)
+    remedy = f"{capabilities(['CAP_SYS_RESOURCE'])}; its limit of memory bounds it all the same"
+    return Finding(Level.LIMITED, "out of memory", f"{first}, unless a job sets that back to 0", remedy)

@@ -109,6 +109,7 @@ def test_each_thing_has_its_line(here: tuple[int, Found]) -> None:
         "work directories",
         "workspaces",
         "core dumps",
+        "out of memory",
         "job",
         "writable root",
     }

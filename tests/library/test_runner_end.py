@@ -86,16 +86,16 @@ async def test_many_stops_at_once_end_one_job_once(tmp_path: Path) -> None:
     assert {info.end_reason for info in infos} == {"stopped"}
 
 
-async def test_a_second_stop_with_no_grace_does_not_wait_for_the_first(tmp_path: Path) -> None:
+async def test_a_second_stop_with_no_grace_does_not_wait_for_the_first_who_is_told_as_who_stopped_it(tmp_path: Path) -> None:
     async with open_runner(tmp_path) as runner:
         job = await start_ready(runner, shell("trap '' TERM; echo ready; while :; do sleep 0.1; done"))
-        first = asyncio.create_task(job.stop(grace=60))
+        first = asyncio.create_task(job.stop(grace=60, by="alice"))
         with fail_after(5):
             while not (runner.state.directory(job.job_id) / "stop").exists():  # noqa: ASYNC110 - the first tells nobody that it is under way
                 await asyncio.sleep(0.01)
         with fail_after(5):
-            await job.stop(grace=0)
-            await first
+            await job.stop(grace=0, by="bob")
+            assert (await first).stopped_by == "alice"
 
 
 async def test_a_grace_period_that_is_none_is_refused(tmp_path: Path) -> None:

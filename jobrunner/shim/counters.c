@@ -1,5 +1,6 @@
 /*
- * Counters of the job's cgroups (docs/formats.md, Counters). Their files are opened before the job exists and read when it is gone.
+ * Counters of the job's cgroups (docs/formats.md, Counters). Their files are opened before its command is let go and read when it is
+ * gone.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -22,6 +23,7 @@ static const char SEPARATORS[] = " \t\n=";
 static struct source {
 	int counter, fd;
 	uint64_t scale;
+	const char *path;
 	char key[32];
 } sources[MAX_COUNTERS];
 static int n_sources;
@@ -34,8 +36,8 @@ static int counter_named(const char *name, size_t length)
 	return -1;
 }
 
-/* `FIELD SCALE KEY PATH`. A file that is not there is not an error: this host does not count it. */
-static bool open_source(const char *item, struct source *source)
+/* `FIELD SCALE KEY PATH`. */
+static bool parse_source(const char *item, struct source *source)
 {
 	size_t name = strcspn(item, " ");
 	source->counter = counter_named(item, name);
@@ -50,16 +52,23 @@ static bool open_source(const char *item, struct source *source)
 	if (!key || key >= sizeof source->key || at[key] != ' ' || at[key + 1] != '/')
 		return false;
 	memcpy(source->key, at, key);
-	source->fd = open(at + key + 1, O_RDONLY | O_CLOEXEC);
+	source->path = at + key + 1;
 	return true;
 }
 
-int counters_open(const struct plan *plan, struct report *why)
+int counters_parse(const struct plan *plan, struct report *why)
 {
 	for (; n_sources < plan->n_counters; n_sources++)
-		if (!open_source(plan->counters[n_sources], &sources[n_sources]))
+		if (!parse_source(plan->counters[n_sources], &sources[n_sources]))
 			return fail(why, "args", EINVAL, "bad value of counter");
 	return 0;
+}
+
+/* One that is not there is not an error: this host does not count it. */
+void counters_open(void)
+{
+	for (int i = 0; i < n_sources; i++)
+		sources[i].fd = open(sources[i].path, O_RDONLY | O_CLOEXEC);
 }
 
 static bool is_there(const char *device, const char *what)

@@ -147,7 +147,8 @@ void exit_finish(int dir, struct exit_record *record);
 
 /* ---- counters.c */
 
-int counters_open(const struct plan *plan, struct report *why);
+int counters_parse(const struct plan *plan, struct report *why);
+void counters_open(void);
 void counters_read(uint64_t counters[N_COUNTERS]);
 uint64_t counter_in(int fd, const char *key);
 
@@ -186,19 +187,19 @@ void retention_grow(size_t size);
 
 /* ---- the processes */
 
-/* What the launcher opens before anything is born: what can be refused is refused there. -1: none. */
+/* What is opened by path, -1: none. First what a birth needs, then what only the shim has. */
 struct places {
 	int dir, log, null;
-	int cgroup2_shim, cgroup2_job, oom_control, event_control, oom_events;
+	int cgroup2_shim, cgroup2_job, cgroup1_shim[MAX_CGROUPS], cgroup1_job[MAX_CGROUPS];
+	int oom_control, event_control, oom_events;
 	int cpu_quotas[MAX_QUOTAS], n_cpu_quotas, io_limits[MAX_CGROUPS], n_io_limits;
 	const char *no_quota;		/* what lifts the CPU limit when it is written to each of them */
-	int cgroup1_shim[MAX_CGROUPS], cgroup1_job[MAX_CGROUPS];
 };
 
 /* One job as its shim sees it. */
 struct job {
 	struct plan *plan;
-	const struct places *places;
+	struct places *places;
 	struct exit_record record;
 	int ctl, ctl_keeper, init, channel, oom;	/* FIFO and our own writing end of it, pidfd, socket, what tells OOM; -1: none */
 	int output[2];				/* reading ends of stdout and stderr; -1: none, they are merged */
@@ -228,7 +229,9 @@ struct message {
 };
 enum { SAY_GO = 1, SAY_SIGNAL, SAY_DELIVERED, SAY_EXITED, SAY_MAPPED };
 
-_Noreturn void shim_main(struct plan *plan, const struct places *places, int answer);	/* shim.c */
+int open_places(const struct plan *plan, struct places *places, struct report *why);		/* places.c */
+int open_watched(const struct plan *plan, struct places *places, struct report *why);
+_Noreturn void shim_main(struct plan *plan, struct places *places, int answer);		/* shim.c */
 void supervise(struct job *job);							/* supervise.c */
 void decide(struct job *job);
 void kill_init(struct job *job);

@@ -28,11 +28,12 @@
  *   ctl       server -> shim              FIFO; the shim has its only reading end, so ENXIO and POLLERR tell of its death
  *
  * Order, and who may still fail
- *   1. launcher: list parsed; directory, cgroups, counters opened            nothing exists yet
+ *   1. launcher: list parsed; directory and cgroups opened (places.c)        nothing exists yet
  *   2. shim: enters its cgroups; `ctl` gets its name without replacing       whoever makes `ctl` owns the start; a server that
  *      (EEXIST: it is somebody else's, nothing in the directory is touched)  recovers may have been first
- *   3. shim: first segment of the log, pipes; init is born in the job's cgroups, or enters them before anything else
- *   4. init: namespaces finished       shim, meanwhile: exit record allocated and synced, so that a full disk cannot lose it
+ *   3. shim: pipes; init is born in the job's cgroups, or enters them before anything else
+ *   4. init: namespaces finished       shim, meanwhile: what it watches opened, the first segment of the log made, the exit record
+ *                                      allocated and synced, so that a full disk cannot lose it
  *   5. shim: GO                        until here nothing of the job has run
  *   6. init: makes the command (command.c): descriptors, limits, keyring, uid, capabilities, no_new_privs (identity.c), directory,
  *      filter of system calls (seccomp.c), READY, execve
@@ -64,52 +65,6 @@ static void fill_standard_descriptors(void)
 	close_from(STDERR_FILENO + 1);
 }
 
-static int open_at(int dir, const char *path, int flags, const char *step, struct report *why)
-{
-	int fd = openat(dir, path, flags | O_CLOEXEC);
-	if (fd < 0)
-		fail(why, step, errno, path);
-	return fd;
-}
-
-/* The v1 memory.oom_control, and beside it the file that events are asked for in. */
-static void open_oom_control(const char *path, struct places *places, struct report *why)
-{
-	char control[4096];
-	snprintf(control, sizeof control, "%.*s/cgroup.event_control", (int)(strrchr(path, '/') - path), path);
-	places->oom_control = open_at(AT_FDCWD, path, O_RDONLY, "cgroup", why);
-	places->event_control = open_at(AT_FDCWD, control, O_WRONLY, "cgroup", why);
-}
-
-static int open_places(const struct plan *plan, struct places *places, struct report *why)
-{
-	const int directory = O_RDONLY | O_DIRECTORY;
-	places->null = open_at(AT_FDCWD, "/dev/null", O_RDWR, "pipe", why);
-	places->dir = open_at(AT_FDCWD, plan->dir, directory, "args", why);
-	if (places->dir >= 0)
-		places->log = open_at(places->dir, "log", directory, "log", why);
-	places->cgroup2_shim = places->cgroup2_job = places->oom_control = places->event_control = places->oom_events = -1;
-	if (plan->cgroup2_shim)
-		places->cgroup2_shim = open_at(AT_FDCWD, plan->cgroup2_shim, directory, "cgroup", why);
-	if (plan->cgroup2_job)
-		places->cgroup2_job = open_at(AT_FDCWD, plan->cgroup2_job, directory, "cgroup", why);
-	for (int i = 0; i < plan->n_cgroup1_shim; i++)
-		places->cgroup1_shim[i] = open_at(AT_FDCWD, plan->cgroup1_shim[i], O_WRONLY, "cgroup", why);
-	for (int i = 0; i < plan->n_cgroup1_job; i++)
-		places->cgroup1_job[i] = open_at(AT_FDCWD, plan->cgroup1_job[i], O_WRONLY, "cgroup", why);
-	if (plan->oom_control)
-		open_oom_control(plan->oom_control, places, why);
-	if (plan->oom_events)
-		places->oom_events = open_at(AT_FDCWD, plan->oom_events, O_RDONLY, "cgroup", why);
-	for (int i = 0; i < plan->n_cpu_quotas; i++) {
-		places->cpu_quotas[places->n_cpu_quotas++] = open_at(AT_FDCWD, plan->cpu_quotas[i], O_WRONLY, "cgroup", why);
-		places->no_quota = strstr(plan->cpu_quotas[i], "/cpu.max") ? "max" : "-1";	/* v2, v1 */
-	}
-	for (int i = 0; i < plan->n_io_limits; i++)
-		places->io_limits[places->n_io_limits++] = open_at(AT_FDCWD, plan->io_limits[i], O_RDWR, "cgroup", why);
-	return why->kind == REPORT_FAILED ? -1 : 0;
-}
-
 /*
  * What the shim says; false if it died before it said anything. Its death is watched too, and not only the end of file: a child of
  * its own, stuck in its first instructions, may still hold the other end.
@@ -135,7 +90,7 @@ static int wait_for(int pidfd)
 }
 
 /* 0 if the job was started. */
-static int launch(struct plan *plan, const struct places *places, struct report *why)
+static int launch(struct plan *plan, struct places *places, struct report *why)
 {
 	int answer[2], shim = -1;
 	if (pipe2(answer, O_CLOEXEC) != 0)
@@ -199,7 +154,7 @@ int main(int argc, char **argv)
 	}
 	if (argc == 2 && strcmp(argv[1], "wait") == 0 && !is_let_go())
 		_exit(1);
-	if (plan_read(STDIN_FILENO, &plan, &why) == 0 && open_places(&plan, &places, &why) == 0 && counters_open(&plan, &why) == 0)
+	if (plan_read(STDIN_FILENO, &plan, &why) == 0 && open_places(&plan, &places, &why) == 0 && counters_parse(&plan, &why) == 0)
 		launch(&plan, &places, &why);
 	_exit(tell_server(&why));
 }

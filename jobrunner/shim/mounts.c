@@ -97,13 +97,14 @@ int make_directory(int root, const char *path)
 {
 	char partial[PATH_MAX];
 	snprintf(partial, sizeof partial, "%s", path);
-	int directory = open_inside(root, "/");
+	int directory = root;
 	for (char *name = partial + 1; name && directory >= 0;) {
 		char *end = strchr(name, '/');
 		if (end)
 			*end = '\0';
 		mkdirat(directory, name, 0755);		/* one that is there, or cannot be made, shows when it is opened */
-		close(directory);
+		if (directory != root)
+			close(directory);
 		directory = open_inside(root, partial);
 		if (end)
 			*end = '/';

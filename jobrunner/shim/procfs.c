@@ -99,18 +99,22 @@ int mount_proc(int root, bool make, struct report *why)
 	return 0;
 }
 
-/* The job's own cgroups, so that programs find their limits: `NAME PATH`, at /sys/fs/cgroup/NAME; "." is that directory itself. */
-static int show_cgroup(int root, const char *view, struct report *why)
+/*
+ * The job's own cgroups, so that programs find their limits: `NAME PATH`, at /sys/fs/cgroup/NAME, which is in `tmpfs`; "." is that
+ * directory itself, and then there is none.
+ */
+static int show_cgroup(int root, int tmpfs, const char *view, struct report *why)
 {
-	char place[PATH_MAX];
+	char name[NAME_MAX];
 	const char *path = strchr(view, ' ') + 1;
-	const int length = (int)(path - view) - 1;
-	snprintf(place, sizeof place, "/sys/fs/cgroup/%.*s", length, view);
-	const bool whole = length == 1 && *view == '.';
-	int mount = mount_clone(AT_FDCWD, path, QUIET | MOUNT_ATTR_RDONLY, false);
-	int target = mount < 0 ? -1 : whole ? open_inside(root, "/sys/fs/cgroup") : make_directory(root, place);
+	snprintf(name, sizeof name, "%.*s", (int)(path - view) - 1, view);
+	int mount = mount_clone(AT_FDCWD, path, QUIET | MOUNT_ATTR_RDONLY, false), target = -1;
+	if (mount >= 0 && tmpfs < 0)
+		target = open_inside(root, "/sys/fs/cgroup");
+	else if (mount >= 0 && mkdirat(tmpfs, name, 0755) == 0)
+		target = openat(tmpfs, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 	if (target < 0 || mount_put(mount, target) != 0)
-		return fail(why, "mount", errno, place);
+		return fail(why, "mount", errno, name);
 	close(mount);
 	close(target);
 	return 0;
@@ -140,7 +144,7 @@ int mount_sys(int root, const struct plan *plan, struct report *why)
 		close(target);
 	}
 	for (int i = 0; i < plan->n_cgroup_views; i++)
-		if (show_cgroup(root, plan->cgroup_views[i], why) != 0)
+		if (show_cgroup(root, tmpfs, plan->cgroup_views[i], why) != 0)
 			return -1;
 	if (tmpfs >= 0 && mount_change(tmpfs, MOUNT_ATTR_RDONLY, 0) != 0)
 		return fail(why, "mount", errno, "/sys/fs/cgroup");

@@ -75,13 +75,11 @@ static int make_output(struct job *job, int writing[2], struct report *why)
 /* What only the shim may hold. A `ctl` in init's hands would look like a shim that lives. */
 static void close_private(const struct job *job, int reading, int answer)
 {
-	const int private[] = {job->ctl, job->ctl_keeper, job->channel, job->output[0], job->output[1], job->oom, reading, answer,
+	const int private[] = {job->ctl, job->ctl_keeper, job->channel, job->output[0], job->output[1], reading, answer,
 			       job->places->dir, job->places->log};
 	for (size_t i = 0; i < sizeof private / sizeof *private; i++)
 		if (private[i] >= 0)
 			close(private[i]);
-	for (int i = 0; i < job->places->n_cpu_quotas; i++)
-		close(job->places->cpu_quotas[i]);
 }
 
 static int map_init(const struct job *job, pid_t pid, struct report *why)
@@ -169,6 +167,16 @@ static void let_go(struct job *job)
 	send(job->channel, &go, sizeof go, MSG_NOSIGNAL);
 }
 
+/* What only the shim needs and init does not wait for: while that is at work. Nothing of the job has run yet. */
+static int prepare(struct job *job, struct report *why)
+{
+	if (open_watched(job->plan, job->places, why) != 0 || watch_oom(job, why) != 0)
+		return -1;
+	if (log_open(job->places->log, job->plan, why) != 0 || copy_begin(job, why) != 0)
+		return -1;
+	return exit_prepare(job->places->dir, &job->record, why);
+}
+
 static int give_birth(struct job *job, int answer, struct report *why)
 {
 	int channel[2], reports[2], writing[2];
@@ -181,11 +189,10 @@ static int give_birth(struct job *job, int answer, struct report *why)
 	if (spawn_init(job, &birth, reports[0], answer, why) != 0)
 		return -1;
 
-	/* While init is at work. */
 	job->started = now_ns(CLOCK_BOOTTIME);
 	job->last_output = job->started;
 	job->record.started_real_ns = now_ns(CLOCK_REALTIME);
-	if (copy_begin(job, why) == 0 && exit_prepare(job->places->dir, &job->record, why) == 0)
+	if (prepare(job, why) == 0)
 		let_go(job);
 	else
 		kill_init(job);
@@ -251,7 +258,7 @@ static void set_timers(struct job *job)
 	job->idle_ns = plan->idle_timeout_ms < 0 ? NEVER : plan->idle_timeout_ms * MS;
 }
 
-_Noreturn void shim_main(struct plan *plan, const struct places *places, int answer)
+_Noreturn void shim_main(struct plan *plan, struct places *places, int answer)
 {
 	static struct job job = {.ctl = -1, .ctl_keeper = -1, .init = -1, .channel = -1, .oom = -1, .log_bell = -1, .output = {-1, -1},
 				 .deadline = NEVER, .idle_ns = NEVER, .kill_at = NEVER, .oom_until = NEVER};
@@ -265,8 +272,7 @@ _Noreturn void shim_main(struct plan *plan, const struct places *places, int ans
 	bool claimed = false;
 	if (enter_cgroups(places->cgroup1_shim, plan->cgroup1_shim, plan->n_cgroup1_shim, &why) == 0)
 		claimed = ctl_claim(&job, &why) == 0;
-	if (!claimed || log_open(places->log, plan, &why) != 0 || watch_oom(&job, &why) != 0 ||
-	    give_birth(&job, answer, &why) != 0)
+	if (!claimed || give_birth(&job, answer, &why) != 0)
 		give_up(&job, claimed, answer, &why);
 
 	/* From here on failure may no longer exit. */

@@ -41,8 +41,8 @@ def cost(tmp_path: Path, *command: str) -> Counter[str]:
     """Calls of all processes for one job, but for threads."""
     trace = tmp_path / "trace"
     calls = ",".join((*SYNCS, *BIRTHS, "execve", "getpriority"))
-    what = ["-f", "-qq", "--seccomp-bpf", "-o", trace, "-e", f"trace={calls}", "-e", "signal=none"]
-    subprocess.run(["strace", *what, sys.executable, "-c", LIFE, tmp_path / "state", *command], check=True, timeout=60)
+    strace = ("strace", "-f", "-qq", "--seccomp-bpf", "-o", str(trace), "-e", f"trace={calls}", "-e", "signal=none")
+    subprocess.run([*strace, sys.executable, "-c", LIFE, str(tmp_path / "state"), *command], check=True, timeout=60)
     _, _, measured, _ = re.split(r"^\d+ +getpriority\(.*\n", trace.read_text(), flags=re.MULTILINE)
     lines = [line for line in measured.splitlines() if "CLONE_THREAD" not in line]
     found = Counter(match[1] for line in lines if (match := re.match(r"\d+ +([a-z0-9]+)\(", line)))

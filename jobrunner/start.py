@@ -10,6 +10,7 @@ undo        nothing is left of a start that failed
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 __all__ = ["Starts"]
 
 logger = logging.getLogger(__name__)
+WAITING = 40
+"""Launchers that wait at a time, where more starts are at once: as many as there are threads that write records. Each has three of
+this process's descriptors."""
 
 
 class Starts:
@@ -48,6 +52,7 @@ class Starts:
         self.under_way: Counter[str] = Counter()
         """By user."""
         self._runner = runner
+        self._waiting = asyncio.Semaphore(WAITING)
 
     async def start(self, spec: JobSpec, user: str) -> RunnerJob:
         """As `JobRunner.start` says."""
@@ -92,17 +97,19 @@ class Starts:
         return limits.for_kernel()
 
     async def _start(self, spec: JobSpec, mark: str, limits: Limits, user: str) -> RunnerJob:
-        try:
-            launcher = await Launcher.make()
-        except OSError as exc:
-            raise StartFailed(spec.command, "launcher", exc.errno or 0) from exc
-        try:
-            record, cgroup = self._claim(spec, mark, limits, user)
+        runner = self._runner
+        with contextlib.ExitStack() as stack:
+            async with self._waiting:
+                try:
+                    launcher = await Launcher.make()
+                except OSError as exc:
+                    raise StartFailed(spec.command, "launcher", exc.errno or 0) from exc
+                stack.callback(lambda: runner.tasks.spawn(launcher.close()))
+                record, cgroup = self._claim(spec, mark, limits, user)
+                await self._write(record, cgroup)
             started = await self._launch(launcher, record, cgroup)
-        finally:
-            self._runner.tasks.spawn(launcher.close())
-        self._runner.started += 1
-        return self._runner.adopt(record, cgroup, started)
+        runner.started += 1
+        return runner.adopt(record, cgroup, started)
 
     def _claim(self, spec: JobSpec, mark: str, limits: Limits, user: str) -> tuple[JobRecord, JobCgroup]:
         """What is taken in memory, and the cgroup. Nothing of it is when it fails."""
@@ -139,15 +146,17 @@ class Starts:
         disks = disk.disks_seen([runner.state.path, "/"], places.directories(spec, runner.config))
         return runner.cgroups.create(job_id, limits, disks, runner.config.allow_missing, explicit)
 
-    async def _launch(self, launcher: Launcher, record: JobRecord, cgroup: JobCgroup) -> float:
-        """Make the record durable and let the launcher go; when the command was executed, seconds since the epoch."""
-        runner, command = self._runner, record.spec.command
+    async def _write(self, record: JobRecord, cgroup: JobCgroup) -> None:
+        """Make the record durable. From here on a start that is cut short is recovery's: it alone can tell whether the job runs."""
         try:
-            await anyio.to_thread.run_sync(runner.state.create, record)
+            await anyio.to_thread.run_sync(self._runner.state.create, record)
         except OSError as exc:
             await self._undo(record, cgroup)
-            raise StartFailed(command, "record", exc.errno or 0) from exc
-        # From here on a start that is cut short is recovery's: it alone can tell whether the job runs.
+            raise StartFailed(record.spec.command, "record", exc.errno or 0) from exc
+
+    async def _launch(self, launcher: Launcher, record: JobRecord, cgroup: JobCgroup) -> float:
+        """Have the launcher start it; when the command was executed, seconds since the epoch."""
+        runner, command = self._runner, record.spec.command
         try:
             mounts = await places.mounts(record, runner.config, runner.state, runner.workspaces, runner.looks)
             started = await sandbox.launch(

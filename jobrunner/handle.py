@@ -75,15 +75,18 @@ class RunnerJob:
         """Whether somebody reads its output."""
         return self._log.is_read
 
-    def info(self) -> JobInfo:
-        """Everything known of the job now. HostError if its log cannot be read."""
-        usage = Usage() if self._job.ending or self.cgroup is None else self.cgroup.usage()
+    def info(self, *, usage: bool = True) -> JobInfo:
+        """Everything known of the job now. HostError if its log cannot be read.
+
+        Without `usage` a running job's is unknown: to know it takes reading a dozen files.
+        """
+        used = self.cgroup.usage() if usage and not self._job.ending and self.cgroup is not None else Usage()
         # Of a running job these files are being written, so they are in memory; of an ended one they may not be.
         try:
             bounds = self._final_bounds or self._log.bounds()
         except OSError as exc:
             raise HostError(f"cannot read log of job {self.job_id}: {exc.strerror}") from exc
-        return self._job.info(usage, *bounds)
+        return self._job.info(used, *bounds)
 
     async def wait(self) -> JobInfo:
         """Wait until the job has ended and all of it is gone."""

@@ -79,7 +79,7 @@ class JobService(pb.JobServiceBase):
         except JobRemoved as exc:  # it was started, and once is what was asked for
             return pb.JobStartResponse(job_id=exc.job_id)
         self._metrics.starts.observe(time.monotonic() - begun)
-        return pb.JobStartResponse(job_id=job.job_id, info=info_to_wire(job.info()))
+        return pb.JobStartResponse(job_id=job.job_id, info=info_to_wire(job.info(usage=False)))
 
     async def stop(self, message: pb.JobStopRequest) -> pb.JobStopResponse:
         """Answers in-band, as the original design says: stopped, not found or error."""

@@ -44,6 +44,8 @@ async def test_start_tells_the_id_and_who_started_it(tmp_path: Path) -> None:
         reply = await unary(channel, "Start", "JobStartResponse")(request)
         assert len(reply.job_id) == 12
         assert (reply.info.status, reply.info.user, reply.info.name) == ("running", "admin", "nap")
+        assert not reply.info.usage.ListFields()  # of a job that has just begun nobody asked, and to know it takes files
+        assert (await query(channel, reply.job_id)).usage.HasField("pids")
 
 
 async def test_a_start_that_fails_says_the_step_and_leaves_no_job(tmp_path: Path) -> None:

@@ -573,6 +573,9 @@ class JobStartResponse(betterproto2.Message):
     info: "JobInfo | None" = betterproto2.field(
         2, betterproto2.TYPE_MESSAGE, optional=True
     )
+    """
+    Without usage, if it runs.
+    """
 
 
 default_message_pool.register_message(

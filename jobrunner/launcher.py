@@ -1,7 +1,7 @@
-"""The launcher of one start: made while the job's record is on its way to the disk, and told what to start only after that.
+"""The launcher of one start: made first, and told what to start once the job's record is durable.
 
-So what it costs to make a process and to execute the program is no part of the wait. It holds nothing until it is told, and leaves
-by itself when whoever made it is gone.
+So the program is executed while the record is on its way to the disk. It holds nothing until it is told, and leaves by itself when
+whoever made it is gone.
 """
 
 from __future__ import annotations

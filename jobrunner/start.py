@@ -1,10 +1,12 @@
 """One start, from the request to the job that runs, or to nothing.
 
-admit       the request against the configuration, the bounds and the request ids that are known
-claim       a uid, a workspace and the cgroup with its limits: gone with this process, or swept by the next server
-record      job.json, durable: from here on a start that is cut short is recovery's
-launch      the launcher is told; the command has been executed, or a step failed
-undo        nothing is left of a start that failed
+Its steps, in this order:
+
+    admit       the request against the configuration, the bounds and the request ids that are known
+    claim       a uid, a workspace and the cgroup with its limits: gone with this process, or swept by the next server
+    record      job.json, durable: from here on a start that is cut short is recovery's
+    launch      the launcher is told; the command has been executed, or a step failed
+    undo        nothing is left of a start that failed
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import stat
@@ -187,6 +188,14 @@ async def scraped(address: str) -> bytes:
     answer = await reader.read()
     writer.close()
     return answer
+
+
+def test_a_pipe_that_nobody_reads_holds_up_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "audit")
+    audit = Audit(tmp_path / "audit")
+    written = [audit.write("denied", reason="x" * 500) for _ in range(1000)]
+    assert written[0] and not written[-1]
+    audit.close()
 
 
 def test_a_line_that_was_cut_off_does_not_spoil_the_next(tmp_path: Path) -> None:

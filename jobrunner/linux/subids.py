@@ -155,6 +155,7 @@ def _main(arguments: list[str]) -> None:
     if not sys.stdin.readline():
         return
     try:
+        os.setgroups([])  # a right that the namespace should give; Ubuntu's AppArmor makes some that give none
         for top in arguments:
             reown_tree(Path(top))
     except FileNotFoundError:

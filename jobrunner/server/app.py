@@ -30,9 +30,10 @@ from jobrunner.server.account import Account, attach, audited
 from jobrunner.server.auth import Role
 from jobrunner.server.calls import CallHandler
 from jobrunner.server.guard import grpc_error, guarded, refused
-from jobrunner.server.http2 import CONFIGURATION, ServerPeer, ServerProtocol, Shared
+from jobrunner.server.http2 import CONFIGURATION, ServerProtocol
 from jobrunner.server.limits import Rate
 from jobrunner.server.listening import address_of, bound_address, listen, stop_accepting
+from jobrunner.server.shared import ServerPeer, Shared
 from jobrunner.server.stream import ServerStream
 from jobrunner.server.tcp import Listener, TlsConnection
 from jobrunner.server.trust import Trust

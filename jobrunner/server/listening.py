@@ -43,10 +43,10 @@ def bound_address(server: asyncio.Server, address: str) -> str:
 
 
 async def stop_accepting(server: asyncio.Server) -> None:
-    """Close the listening sockets, and no connection with them.
+    """Close the listening sockets; each connection that was accepted has been made then, and its protocol knows its transport.
 
-    asyncio makes the transport of what it has accepted in the next turn of the loop, and of none once its server is closed: such a
-    socket would be left to the garbage collector, and so would its TLS.
+    asyncio makes the transport in the next turn of the loop, and of none once its server is closed: such a socket would be left to
+    the garbage collector, and so would its TLS. The protocol is told in the turn after that.
     """
     for listening in server.sockets:
         asyncio.get_running_loop().remove_reader(listening.fileno())
@@ -54,6 +54,7 @@ async def stop_accepting(server: asyncio.Server) -> None:
         await asyncio.sleep(0)
     finally:
         server.close()
+    await asyncio.sleep(0)
 
 
 def address_of(peername: Any) -> str:

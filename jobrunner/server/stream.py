@@ -24,7 +24,7 @@ from jobrunner.wire.status import error_to_wire
 if TYPE_CHECKING:
     from jobrunner.bounds import Bounds
     from jobrunner.server.connection import Http2
-    from jobrunner.server.http2 import ServerConnection
+    from jobrunner.server.shared import ServerConnection
 
 __all__ = ["ServerStream"]
 

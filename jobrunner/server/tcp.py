@@ -68,16 +68,13 @@ class Listener:
 
     def accept(self) -> asyncio.BaseProtocol:
         """The protocol of the connection that has just come; a protocol factory for `loop.create_server`."""
-        connection: TlsConnection | Refused
         if len(self.live) >= self._max_connections:
-            connection = Refused(self, f"there are {self._max_connections} connections")
-        else:
-            connection = TlsConnection(self, self._app_protocol())
-        self.open.add(connection)
-        return connection
+            return Refused(self, f"there are {self._max_connections} connections")
+        return TlsConnection(self, self._app_protocol())
 
     def begins(self, connection: TlsConnection) -> None:
         """Its handshake does: its socket is made, and its address known."""
+        self.open.add(connection)
         if len(self.pending) >= self._max_pending:
             self._give_way()
         self.pending[connection] = None
@@ -131,12 +128,13 @@ class Refused(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
+        self._listener.open.add(self)
         address = address_of(transport.get_extra_info("peername"))
         self._listener.account.refused({"address": address}, "max_connections", self._reason)
         transport.abort()
 
     def abort(self) -> None:
-        """It is, as soon as it is made."""
+        """It is already."""
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._listener.left(self)
@@ -158,7 +156,6 @@ class TlsConnection(sslproto.SSLProtocol):
         )._ssl_buffer = bytearray()  # asyncio makes another when the peer says something; most of a flood never does
         self._listener = listener
         self._socket: asyncio.Transport | None = None
-        self._aborted = False
         self.heard = False
         """Whether the peer has said anything."""
         self.client: Any = None
@@ -173,9 +170,6 @@ class TlsConnection(sslproto.SSLProtocol):
         self._socket = transport
         self.address = address_of(transport.get_extra_info("peername"))
         self.host = self.address.rpartition(":")[0]
-        if self._aborted:
-            transport.abort()
-            return
         self._listener.begins(self)
         # What may have come and not be decrypted, while what came before waits for its turn (`http2`). A record that is not whole
         # is shorter than the lower one, or the rest of it would never be read.
@@ -202,8 +196,7 @@ class TlsConnection(sslproto.SSLProtocol):
             raise
 
     def abort(self) -> None:
-        """Close without a word; one that has just been accepted, as soon as it is made."""
-        self._aborted = True
+        """Close without a word."""
         if self._socket is not None:
             self._socket.abort()
 

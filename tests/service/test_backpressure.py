@@ -18,7 +18,8 @@ from jobrunner.client import JobClient, channel
 from jobrunner.client.reader import PREFETCH
 from jobrunner.output import Chunk
 from jobrunner.server import http2
-from jobrunner.server.http2 import CONFIGURATION, MAX_UNSENT, ServerConnection
+from jobrunner.server.http2 import CONFIGURATION, MAX_UNSENT
+from jobrunner.server.shared import ServerConnection
 from jobrunner.server.stream import MAX_AT_ONCE
 from tests.support.http2 import framed, raw_peer
 from tests.support.proxy import proxy_to

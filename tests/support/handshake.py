@@ -62,6 +62,7 @@ def nothing_left() -> Iterator[None]:
     def note(unraisable: Any) -> None:
         found.append(str(unraisable.exc_value))
 
+    gc.collect()  # what others have left is told to them
     hook, sys.unraisablehook = sys.unraisablehook, note
     try:
         yield

@@ -11,7 +11,7 @@ import pytest
 from h2.events import DataReceived, StreamEnded, TrailersReceived
 
 from tests.support.http2 import RawPeer, framed, raw_peer
-from tests.support.server import Running, message, official_channel, serving, start, subscribe
+from tests.support.server import Running, eventually, message, official_channel, serving, start, subscribe
 from tests.support.timing import fail_after
 
 pytestmark = pytest.mark.requires("root")
@@ -115,8 +115,10 @@ async def test_a_hundred_calls_of_another_grpc_client_get_on_alike(tmp_path: Pat
                 async with anyio.create_task_group() as tasks:
                     for number in range(READERS):
                         tasks.start_soon(read, number)
-                    while got.total() < 800 * WINDOW:  # noqa: ASYNC110
+                    await eventually(lambda: len(got) == READERS, 40)
+                    got.clear()
+                    while got.total() < 600 * WINDOW:  # noqa: ASYNC110
                         await anyio.sleep(0.01)
                     tasks.cancel_scope.cancel()
     assert len(got) == READERS
-    assert min(got.values()) > max(got.values()) / 2, (min(got.values()), max(got.values()))
+    assert min(got.values()) > max(got.values()) / 4, "of whole messages, which this client also keeps for a while"

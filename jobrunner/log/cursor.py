@@ -139,7 +139,7 @@ class Cursor:
 
     def _enter(self, segment: Segment) -> Gap | Step:
         """Go on at the start of this segment, and tell what is missing before it."""
-        first, self.offset = self.offset, segment.base
+        first, self.offset = self.offset, max(self.offset, segment.base)
         self.close()
         self._segment, self._number = segment, 0
         record = segment.record(0, nowait=False) if first < segment.base else None
@@ -251,6 +251,8 @@ class Cursor:
         if following is None:
             return Step.MOVED
         if following.base > self.offset and not following.records():
-            following.close()  # its first record will tell why bytes are missing
-            return Step.NOTHING
+            if len(later) == 1:
+                following.close()  # its first record will tell why bytes are missing
+                return Step.NOTHING
+            self.hole = True  # there is a next one, so it has lost that record
         return self._enter(following)

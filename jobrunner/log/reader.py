@@ -134,7 +134,7 @@ class LogReader(OutputReader):
             # Order: whether the job has ended, or the time has come, is asked before the read, so that nothing before it is missed.
             ended, passed = self._log.owner.ended, self._until_in() <= 0
             part = await self._advance()
-            if part is Step.NOTHING and ended and (not passed or self._cursor.hole):
+            if part is Step.NOTHING and ended:
                 part = self._missing_end()
             if isinstance(part, Chunk | Gap):
                 return part
@@ -160,7 +160,7 @@ class LogReader(OutputReader):
         ended, passed = self._log.owner.ended, self._until_in() <= 0
         while (part := self._cursor.advance(nowait=False)) is Step.MOVED:
             pass
-        if part is Step.NOTHING and ended and (not passed or self._cursor.hole):
+        if part is Step.NOTHING and ended:
             part = self._missing_end()
         if isinstance(part, Chunk | Gap):
             return part
@@ -178,7 +178,7 @@ class LogReader(OutputReader):
         """A log that ends before its job's last byte: the disk was full to the very end, and no record of that found a place."""
         info = self._log.owner.info()
         first, total = self.offset, info.log_end
-        if first >= total or (self._cursor.since is not None and not self._cursor.hole):
+        if first >= total:
             return Step.NOTHING
         self._cursor.offset = total
         lost = info.end_reason is EndReason.LOST or self._cursor.hole

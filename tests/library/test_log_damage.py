@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from pathlib import Path
 
@@ -105,13 +106,15 @@ def selections(draw: st.DrawFn) -> Selection:
     segment=st.integers(10, 400),
     ended=st.booleans(),
     flips=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, RECORD.size * 8 - 1)), max_size=6),
+    cuts=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 100)), max_size=2),
     wanted=st.lists(selections(), min_size=3, max_size=6),
 )
-def test_no_byte_is_missing_untold_and_none_is_wrong_whatever_bits_of_the_index_are_flipped(
+def test_no_byte_is_missing_untold_and_none_is_wrong_whatever_is_flipped_in_indexes_or_cut_off(
     writes: list[tuple[Stream | None, bytes | int]],
     segment: int,
     ended: bool,
     flips: list[tuple[int, int]],
+    cuts: list[tuple[int, int]],
     wanted: list[Selection],
 ) -> None:
     with tempfile.TemporaryDirectory() as directory:
@@ -127,6 +130,8 @@ def test_no_byte_is_missing_untold_and_none_is_wrong_whatever_bits_of_the_index_
             written.writer.end()
         for where, bit in flips:
             flip(written, where, bit)
+        for where, count in cuts:
+            cut(written, where, count)
         asyncio.run(read_all(written, [selection for selection in wanted if selection.offset <= len(written.bytes)]))
 
 
@@ -143,6 +148,13 @@ def flip(written: Written, where: int, bit: int) -> None:
         raw = bytearray(index.read_bytes())
         raw[at * RECORD.size + bit // 8] ^= 1 << bit % 8
         index.write_bytes(raw)
+
+
+def cut(written: Written, where: int, count: int) -> None:
+    """So many bytes off the end of one file, an index or data."""
+    files = sorted(written.writer.directory.iterdir())
+    file = files[where % len(files)]
+    os.truncate(file, max(0, file.stat().st_size - count))
 
 
 @pytest.mark.parametrize("streams", [BOTH, {Stream.STDOUT}, {Stream.STDERR}], ids=["both", "stdout", "stderr"])

@@ -39,7 +39,10 @@ CGROUPS: Mapping[str, Callable[[], AbstractContextManager[Delegation]]] = {
 }
 
 
-@pytest.mark.parametrize("given", TESTS)
+NEEDS = {"ids": [pytest.mark.requires("command:newuidmap", "command:newgidmap")]}
+
+
+@pytest.mark.parametrize("given", [pytest.param(given, marks=NEEDS.get(given, [])) for given in TESTS])
 def test_everything_works_for_a_real_user(given: str) -> None:
     with home() as directory, CGROUPS[given]() as delegation:
         environ = {"HOME": str(directory), "TMPDIR": str(directory), "JOBRUNNER_TEST_USER": given}

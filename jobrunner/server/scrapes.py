@@ -35,7 +35,7 @@ PER_ADDRESS, MAX_CONNECTIONS = 32, 128
 MAX_REQUEST = 8192
 """Bytes."""
 SECONDS = 5.0
-"""From the first byte of a request to the last of its answer."""
+"""That a connection lasts: a request, its answer, and until that has been read."""
 FRESH, FRESH_BURST = 10.0, 2.0
 """Answers in a second that are written anew, and seconds' worth of them that may be at once: each takes a millisecond or two."""
 

@@ -28,15 +28,15 @@ pytestmark = pytest.mark.requires("root")
 PACKAGE = f"{Path(jobrunner.__file__).parent}{os.sep}"
 UNSEEN = ("fsync", "fdatasync", "pread", "preadv", "open", "fstat", "ftruncate", "chown", "chmod", "posix_fallocate")
 """Of os, what blockbuster does not know."""
+KERNEL = "cgroups, /proc, /sys: the kernel's memory"
+NAME = "a name below the state directory"
 ALLOWED = {
-    # Files that are the kernel's memory: cgroups, /proc, /sys.
-    "linux/kernfs.py": "",
-    "linux/above.py": "",
-    "linux/cgroup_v1.py": "",
-    "linux/cgroup_v2.py": "",
-    "linux/disk.py": "",
-    "linux/mountinfo.py": "",
-    # What was written a moment ago, or is never waited for.
+    "linux/kernfs.py": KERNEL,
+    "linux/above.py": KERNEL,
+    "linux/cgroup_v1.py": KERNEL,
+    "linux/cgroup_v2.py": KERNEL,
+    "linux/disk.py": KERNEL,
+    "linux/mountinfo.py": KERNEL,
     "log/segments.py:_read_nowait": "RWF_NOWAIT: what is not in memory is read beside the loop",
     "log/segments.py:last_end": "the last record of a running job's index",
     "log/segments.py:list_segments": "names in a directory that has been read before",
@@ -44,12 +44,11 @@ ALLOWED = {
     "sandbox.py:open": "a FIFO, not waiting for its other end",
     "launcher.py": "a file in memory, and the vfork(2) of a small program",
     "server/audit.py:write": "a call that changes something is not carried out before it is in the audit log",
-    # A lookup of the state directory's own name.
-    "sandbox.py:_plan": "",
-    "start.py:_new_id": "",
-    "workspace.py:claim": "",
+    "sandbox.py:_plan": NAME,
+    "start.py:_new_id": NAME,
+    "workspace.py:claim": NAME,
 }
-"""Functions of jobrunner below which something may block, FILE or FILE:FUNCTION, and why it is none to speak of."""
+"""Functions of jobrunner below which something may block, FILE or FILE:FUNCTION, and why that is no wait to speak of."""
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from jobrunner.output import MAX_LINE, Chunk
 from jobrunner_cli.stamp import Stamper
 from tests.support.cli import jobrunner, popen, shell, stop, wait
 from tests.support.daemon import ServerProcess
+from tests.support.shim import wait_until
 from tests.support.timing import at_most
 
 pytestmark = pytest.mark.requires("root")
@@ -131,17 +132,22 @@ def wait_until_connected(server: ServerProcess) -> None:
     time.sleep(0.5)  # its handshake
 
 
-@pytest.mark.parametrize("verb", ["log", "run", "wait"])
-def test_a_server_that_restarts_is_one_line_when_it_goes_and_one_when_it_is_back(tmp_path: Path, verb: str) -> None:
+@pytest.mark.parametrize(("verb", "rpc"), [("log", "SubscribeOutput"), ("run", "SubscribeOutput"), ("wait", "Wait")])
+def test_a_server_that_restarts_is_one_line_when_it_goes_and_one_when_it_is_back(tmp_path: Path, verb: str, rpc: str) -> None:
     lines = b"".join(b"%d\n" % number for number in range(1, 401))
-    script = "for i in $(seq 400); do echo $i; sleep 0.01; done; exit 5"
-    first = ServerProcess(tmp_path)
+    count = "while [ $i -lt {} ]; do i=$((i+1)); echo $i; sleep 0.01; done"
+    script = f"i=0; {count.format(100)}; while [ ! -e /work/go ]; do sleep 0.02; done; {count.format(400)}; exit 5"
+    audit, settings = tmp_path / "audit", tmp_path / "jobrunnerd.toml"
+    settings.write_text(f'audit_log = "{audit}"\n')
+    first = ServerProcess(tmp_path, f"--config={settings}")
     words = ("run", "sh", "-c", script) if verb == "run" else (verb, *["-f"][: verb == "log"], shell(first, script))
     with popen(first, *words) as process:
-        wait_until_connected(first)
+        wait_until(lambda: f'JobService/{rpc}"' in audit.read_text(), at_most(20))
         first.end()
-        second = ServerProcess(tmp_path, listen=first.address)
-        out, err = process.communicate(timeout=40)
+        second = ServerProcess(tmp_path, f"--config={settings}", listen=first.address)
+        (job,) = (tmp_path / "state" / "jobs").iterdir()
+        (job / "work" / "go").touch()
+        out, err = process.communicate(timeout=at_most(40))
     second.end()
     assert process.returncode == (0 if verb == "log" else 5)
     assert out == (b"failed: exit code 5\n" if verb == "wait" else lines)

@@ -1,22 +1,18 @@
-"""The least and the most that each limit may be, a step past either, and what is no limit: in the library, the SDK, on the wire."""
+"""The least and the most that each limit may be, a step past either, and what is no limit. On the wire: tests/service."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobrunner import JobSpec, Limits
-from jobrunner.client import JobClient
-from jobrunner.config import DEFAULTS
 from jobrunner.errors import InvalidRequest, StartFailed
 from jobrunner.limits import MAX_IOPS
 from tests.support.runner import open_runner, run
-from tests.support.server import failure, message, serving, unary
 
 pytestmark = pytest.mark.requires("root", "cgroup:memory", "disk")
 
@@ -96,36 +92,3 @@ async def test_a_ceiling_is_allowed_and_one_more_is_refused_with_both(tmp_path: 
         with pytest.raises(InvalidRequest) as caught:
             await runner.start(JobSpec("true", limits=limits(name, more)))
     assert caught.value.message == f"cannot start job: limits.{name}: {more} is above the server's ceiling, {ceiling}"
-
-
-async def test_the_wire_s_numbers_have_the_same_edges(tmp_path: Path) -> None:
-    """With a client that checks nothing."""
-    async with serving(tmp_path) as running, running.channel() as channel:
-        for name, (least, most) in EDGES.items():
-            if name.endswith("timeout"):
-                values: list[Any] = [
-                    {"seconds": 0, "nanos": 0},
-                    {"seconds": -1},
-                    {"seconds": int(TEN_YEARS) + 1},
-                    {"nanos": 100_000},
-                ]
-            elif name == "cpus":
-                values = [0.0, -1.0, least * 0.99, most * 1.01, math.nan, math.inf]
-            else:
-                values = [0, int(least) - 1, (1 << 64) - 1, 1 << 63]
-            for value in values:
-                request = message("JobStartRequest", command="true", limits={name: value})
-                status, told = await failure(unary(channel, "Start", "JobStartResponse")(request))
-                assert (status.name, f"limits.{name}: " in told) == ("INVALID_ARGUMENT", True), (name, value, told)
-        assert running.runner.running == 0
-
-
-async def test_a_client_hears_of_floors_and_ceilings_as_of_all_else(tmp_path: Path) -> None:
-    ceilings = Limits(memory=64 << 20)
-    async with serving(tmp_path, runner={"ceilings": ceilings, "defaults": replace(DEFAULTS, memory=64 << 20)}) as running:
-        pair = running.pair("admin", "admin")
-        async with JobClient(running.address, ca=running.authority.pem, cert=pair.cert, key=pair.key) as client:
-            with pytest.raises(InvalidRequest, match=r"cannot start job: limits.write_bps: 1 is below 4096, a page in each second"):
-                await client.start("true", limits=Limits(write_bps=1))
-            with pytest.raises(InvalidRequest, match=r"limits.memory: 67108865 is above the server's ceiling, 67108864"):
-                await client.start("true", limits=Limits(memory=(64 << 20) + 1))

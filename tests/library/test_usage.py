@@ -109,7 +109,7 @@ async def test_what_is_told_is_what_the_job_itself_has_seen(tmp_path: Path) -> N
         assert told.throttled or (ended.wall is not None and cpu < 0.4 * ended.wall)
         assert told.read_bytes is not None and told.write_bytes is not None and told.write_ops is not None
         # The job's own count has what it dirtied of the file system's blocks, too, which a later commit writes.
-        assert told.write_bytes == 4 * MIB <= seen["written"] <= 4.1 * MIB and told.write_ops >= 4
+        assert 4 * MIB <= told.write_bytes <= 4.1 * MIB and 4 * MIB <= seen["written"] <= 4.1 * MIB and told.write_ops >= 4
         assert seen["read"] <= told.read_bytes <= seen["read"] + 8 * MIB and seen["read"] >= 2 * MIB
         assert told.memory_peak is not None and seen["memory"] <= told.memory_peak <= seen["memory"] + 32 * MIB
         assert told.pids_peak in (7, None)  # pid 1, the command and five children; Linux 6.1 tells no peak on v2

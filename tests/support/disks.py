@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import secrets
 import stat
 import struct
 import subprocess
@@ -105,7 +106,7 @@ def _on_partition(directory: Path) -> Iterator[Place]:
 @contextmanager
 def _mapped(directory: Path, table: str, *disks: str) -> Iterator[Place]:
     """A device of the kernel's device mapper."""
-    name = f"jobrunner-test-{os.getpid()}"
+    name = f"jobrunner-test-{secrets.token_hex(4)}"
     command("dmsetup", "create", name, "--table", table, env=WITHOUT_UDEV)
     try:
         device = f"/dev/mapper/{name}"

@@ -317,6 +317,26 @@ def test_a_client_is_judged_by_its_time_and_by_its_purpose(tmp_path: Path) -> No
     assert "cannot be read" in trust.admit([b"nonsense"])[1]
 
 
+def test_a_client_is_judged_by_every_certificate_between_it_and_its_ca(tmp_path: Path) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    ca = make_ca(tmp_path / "ca", "alice", "bob")
+    with Authority.opened(ca) as authority:
+        authority.revoke("bob")
+    (tmp_path / "live").mkdir()
+    publish(ca, tmp_path / "live", *FILES)
+    trust = Trust(config_of(tmp_path))
+    alice, bob, root = (
+        x509.load_pem_x509_certificate((ca / f"{name}.pem").read_bytes()).public_bytes(Encoding.DER)
+        for name in ("alice", "bob", "ca")
+    )
+    now = datetime.now(UTC)
+    assert trust.judge(Client.of([alice, root]), now) == ""
+    assert "is revoked" in trust.judge(Client.of([bob, root]), now)
+    assert "is revoked" in trust.judge(Client.of([alice, bob, root]), now)
+
+
 def test_a_revocation_list_that_is_none_keeps_a_server_from_starting(tmp_path: Path) -> None:
     ca = make_ca(tmp_path / "ca")
     (tmp_path / "live").mkdir()

@@ -14,6 +14,7 @@ from jobrunner.linux.kernfs import remedy as of_cgroups
 __all__ = ["job_uids", "no_cgroups", "remedy", "user"]
 
 SYSCTL = Path("/proc/sys")
+_PROFILE = "`userns,` in the profile of AppArmor that is around the server, which `apparmor` below names, or none around it"
 _OF_UIDS = (
     "apt-get install uidmap, dnf install shadow-utils; then, with numbers that nobody else has in /etc/subuid: usermod "
     "--add-subuids 100000-165535 --add-subgids 100000-165535 USER; systemd: no NoNewPrivileges=; docs/rootless.md"
@@ -52,6 +53,8 @@ def remedy(step: str, error: int) -> str:
         return "sysctl -w kernel.unprivileged_userns_clone=1"
     if error in (errno.EPERM, errno.EACCES) and number(SYSCTL / "kernel/apparmor_restrict_unprivileged_userns"):
         return _APPARMOR
+    if step == "clone" and error == errno.EACCES:  # no other than a security module says that
+        return _PROFILE
     if step == "clone" and error == errno.EINVAL:
         return "a kernel that is built with user namespaces (CONFIG_USER_NS=y)"
     return ""

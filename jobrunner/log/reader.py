@@ -175,7 +175,10 @@ class LogReader(OutputReader):
         return math.inf if self._cursor.until is None else self._cursor.until / 1e9 + LATE - time.time()
 
     def _missing_end(self) -> Gap | Step:
-        """A log that ends before its job's last byte: the disk was full to the very end, and no record of that found a place."""
+        """A log that ends before its job's last byte: the disk was full to the very end, and no record of that found a place.
+
+        Or it is damaged. When these bytes were read is unknown, so they are told whatever time is wanted.
+        """
         info = self._log.owner.info()
         first, total = self.offset, info.log_end
         if first >= total:

@@ -68,9 +68,13 @@ class Listener:
 
     def accept(self) -> asyncio.BaseProtocol:
         """The protocol of the connection that has just come; a protocol factory for `loop.create_server`."""
-        if len(self.live) >= self._max_connections:
-            return Refused(self, f"there are {self._max_connections} connections")
+        if self._full:
+            return Refused(self)
         return TlsConnection(self, self._app_protocol())
+
+    @property
+    def _full(self) -> bool:
+        return len(self.live) >= self._max_connections
 
     def begins(self, connection: TlsConnection) -> None:
         """Its handshake does: its socket is made, and its address known."""
@@ -83,11 +87,19 @@ class Listener:
         """In which handshakes of this address go on."""
         return self._turns_of_known if host in self.known else self._turns
 
-    def made(self, connection: TlsConnection) -> None:
-        """Its handshake is over, and its client's certificate accepted."""
+    def made(self, connection: TlsConnection) -> bool:
+        """Its handshake is over, and its client's certificate accepted. Whether it may stay: others may have been faster."""
         del self.pending[connection]
+        if self._full:
+            self.refuse(connection.address)
+            return False
         self.live.add(connection)
         self.known[connection.host] += 1
+        return True
+
+    def refuse(self, address: str) -> None:
+        """Tell that a connection from there is one too many."""
+        self.account.refused({"address": address}, "max_connections", f"there are {self._max_connections} connections")
 
     def _give_way(self) -> None:
         """Drop the oldest that has said nothing, else the oldest: an honest handshake is over within milliseconds, so who is in
@@ -122,15 +134,13 @@ class Listener:
 class Refused(asyncio.Protocol):
     """A connection too many: closed before it costs anything."""
 
-    def __init__(self, listener: Listener, reason: str) -> None:
+    def __init__(self, listener: Listener) -> None:
         self._listener = listener
-        self._reason = reason
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._listener.open.add(self)
-        address = address_of(transport.get_extra_info("peername"))
-        self._listener.account.refused({"address": address}, "max_connections", self._reason)
+        self._listener.refuse(address_of(transport.get_extra_info("peername")))
         transport.abort()
 
     def abort(self) -> None:
@@ -202,7 +212,9 @@ class TlsConnection(sslproto.SSLProtocol):
 
     def _on_handshake_complete(self, handshake_exc: BaseException | None) -> None:
         if handshake_exc is None:
-            self._listener.made(self)
+            if not self._listener.made(self):
+                self.abort()
+                return
             connection = getattr(self, "_sslobj")  # noqa: B009 - typeshed does not know it
             self.client, self.refusal = self._listener.admit(verified_chain(connection))
             self._extra["connection"] = self

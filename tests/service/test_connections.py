@@ -12,6 +12,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from tests.support.handshake import Handshake
 from tests.support.http2 import HEADERS, RawPeer, client_context, framed, raw_peer
 from tests.support.server import Running, eventually, serving
 
@@ -81,6 +82,24 @@ async def test_no_more_connections_than_allowed_are_served(tmp_path: Path) -> No
         reader, writer = await connect(running)
         assert await closed(reader)
         writer.close()
+
+
+async def test_connections_that_are_made_at_the_same_time_are_not_more_either(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(tmp_path, max_connections=1) as running:
+        context = client_context(running)
+        peers = [await Handshake(context).connect(running.address) for _ in range(5)]
+        for peer in peers:
+            await peer.send(1)  # each is accepted, and in its handshake
+        await eventually(lambda: len(running.server.listener.pending) == 5)
+        for peer in peers:
+            await peer.send(1 << 20)
+        await eventually(lambda: len(running.server.listener.open) == len(running.server.listener.live) == 1)
+        assert sum("there are 1 connections (max_connections)" in text for text in caplog.messages) == 4
+        assert running.server.connections == 1
+        for peer in peers:
+            peer.vanish()
 
 
 async def test_a_peer_without_http2_is_cut(tmp_path: Path) -> None:

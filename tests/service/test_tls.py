@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import anyio
 import pytest
 import trustme
-from cryptography.hazmat.primitives import serialization
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from jobrunner.errors import ConfigError
 from jobrunner.tls import client_context, server_context
@@ -183,3 +186,32 @@ async def test_chains_with_an_intermediate_ca_are_verified_on_both_sides(tmp_pat
         answer, connection = await ask(port, client_of(admin))
     assert answer == b"ok"
     assert connection.version() == "TLSv1.3"
+
+
+def revoking(ca: trustme.CA, *serials: int) -> bytes:
+    """A CA's revocation list, PEM."""
+    (issuer,), now = x509.load_pem_x509_certificates(ca.cert_pem.bytes()), datetime.now(UTC)
+    key = serialization.load_pem_private_key(ca.private_key_pem.bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    aki = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
+    made = x509.CertificateRevocationListBuilder(issuer.subject, now, now + timedelta(days=1)).add_extension(aki, critical=False)
+    made = made.add_extension(x509.CRLNumber(1), critical=False)
+    for serial in serials:
+        made = made.add_revoked_certificate(x509.RevokedCertificateBuilder(serial, now).build())
+    return made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+@pytest.mark.parametrize("revoked", [False, True])
+async def test_clients_of_an_intermediate_ca_that_is_revoked_are_refused(tmp_path: Path, revoked: bool) -> None:
+    root = trustme.CA()
+    between = root.create_child_ca()
+    server, admin = issue(tmp_path, root, "server", HOST), issue(tmp_path, between, "admin", "admin@jobrunner")
+    root.cert_pem.write_to_path(tmp_path / "ca.pem")
+    (middle,) = x509.load_pem_x509_certificates(between.cert_pem.bytes())
+    lists = tmp_path / "crl.pem"
+    lists.write_bytes(revoking(root, *[middle.serial_number][: int(revoked)]) + revoking(between))
+    async with serving(server_context(server.ca, server.cert, server.key, crl=lists)) as port:
+        answer = b""
+        with suppress(OSError):  # or an end without a word: asyncio tells no alert that comes after its own handshake
+            answer, _ = await ask(port, client_of(admin))
+    assert answer == (b"" if revoked else b"ok")

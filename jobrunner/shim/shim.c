@@ -186,8 +186,14 @@ static int give_birth(struct job *job, int answer, struct report *why)
 		return fail(why, "pipe", errno, "");
 	job->channel = channel[0];
 	struct birth birth = {job->plan, job->places, channel[1], reports[1], {writing[0], writing[1]}};
-	if (spawn_init(job, &birth, reports[0], answer, why) != 0)
+	siginfo_t info = {0};
+	if (spawn_init(job, &birth, reports[0], answer, why) != 0) {
+		if (job->init >= 0) {	/* born, and not mapped */
+			kill_init(job);
+			reap_unborn(job, &info);
+		}
 		return -1;
+	}
 
 	job->started = now_ns(CLOCK_BOOTTIME);
 	job->last_output = job->started;
@@ -199,7 +205,6 @@ static int give_birth(struct job *job, int answer, struct report *why)
 	if (await_command(job, reports[0], why) == 0)
 		return 0;
 	kill_init(job);
-	siginfo_t info = {0};
 	if (reap_unborn(job, &info) && !why->detail[0] && !why->error && strcmp(why->step, "init") == 0)
 		snprintf(why->detail, sizeof why->detail, "the job's init died of signal %d", info.si_status);
 	return -1;

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobrunner import JobSpec, Limits
+from jobrunner import JobSpec, Limits, StartFailed
 from jobrunner.config import RunnerConfig
 from jobrunner.handle import RunnerJob
 from jobrunner.identity import range_of
@@ -214,6 +214,17 @@ async def test_where_something_lacks_jobs_are_the_user_and_that_is_told(
         assert lacking(job) == identity(own=False)
         await job.wait()
     assert f"jobs have no uids of their own on the host: {why}" in caplog.text
+
+
+async def test_a_helper_that_fails_fails_the_start_and_leaves_nothing(tmp_path: Path) -> None:
+    async with open_runner(tmp_path, **CONFIG) as runner:
+        assert runner.ids is not None
+        first, count, (_, gid_helper) = runner.ids.first, runner.ids.count, runner.ids.helpers
+        runner.ids = subids.SubIds(first, count, ("/bin/false", gid_helper))
+        with pytest.raises(StartFailed, match="userns: /bin/false"):
+            await runner.start(OWN)
+        assert await runner.list() == []
+        assert list(runner.state.jobs.iterdir()) == []
 
 
 def test_ids_of_the_configuration_must_be_the_users(tmp_path: Path) -> None:

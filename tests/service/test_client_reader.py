@@ -44,7 +44,7 @@ async def test_parts_come_in_order_and_the_end_is_kept(tmp_path: Path) -> None:
     parts: list[Chunk | Gap | End] = [chunk(b"a", 0), chunk(b"b", 1, Stream.STDERR), Gap(2, 9, "dropped"), chunk(b"c", 10)]
     with anyio.fail_after(10):
         async with peer_client(tmp_path, output=sends(*parts, End(11))) as (client, _), client.get(JOB).log() as reader:
-            assert [part async for part in reader] == parts
+            assert [(part, reader.offset) async for part in reader] == list(zip(parts, (1, 2, 10, 11), strict=True))
             assert reader.end == End(11)
             assert reader.offset == 11
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,12 +193,26 @@ def test_a_signal_that_finds_init_leaving_hides_nothing_of_what_it_said(job: Shi
     (command,) = job.processes()
     wait_until(lambda: status_field(command, "State")[:1] == "T")
     time.sleep(0.1)  # init has heard of that, and waits again
-    with traced(job.init(), "read:delay_enter=1000000"):
+    init, shim = job.init(), job.shim()
+    with traced(init, "read:delay_enter=1000000"):
         os.kill(command, signal.SIGCONT)
         wait_until(lambda: status_field(command, "State")[:1] in ("Z", ""))
         job.stop(grace=60)
+        wait_until(lambda: unread(job.directory / "ctl") == 0 and status_field(shim, "State")[:1] == "S")
+        os.kill(shim, signal.SIGSTOP)  # it hears nothing before init is gone
+        wait_until(lambda: status_field(init, "State")[:1] in ("Z", "X", ""))
+        os.kill(shim, signal.SIGCONT)
         end = job.wait()
     assert (end.cause, end.wait_status) == (Cause.OWN, 9 << 8)
+
+
+def unread(fifo: Path) -> int:
+    """Bytes that its reader has still to read."""
+    fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+    finally:
+        os.close(fd)
 
 
 def test_a_deadline_ends_a_job(job: ShimJob) -> None:

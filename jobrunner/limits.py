@@ -21,9 +21,11 @@ PAGE = mmap.PAGESIZE
 FLOORS = {
     "read_bps": (4096, "a page in each second"),
     "write_bps": (4096, "a page in each second"),
+    "read_iops": (2, "the least that cgroup v2 takes"),
+    "write_iops": (2, "the least that cgroup v2 takes"),
     "open_files": (4, "the three standard ones, and one to load a program from"),
 }
-"""Limits that the kernel takes, and under which no job can do anything; why."""
+"""Below these a job can do nothing, or not every kernel takes them; why."""
 MIN_OUTPUT = 1 << 16
 """The shim writes and drops in eighths of the limit, and no less than 4 KiB at once."""
 

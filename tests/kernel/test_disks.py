@@ -81,7 +81,8 @@ async def test_limits_hold_whatever_is_between_a_job_and_the_disk(place: Place) 
     assert (len(held["bytes"][1]), len(held["operations"][1])) == (3, 2)
     assert min(seconds for _, found in held.values() for seconds in found) > HELD
     usage = held["bytes"][0].usage
-    assert usage.write_bytes is not None and 2 * SIZE <= usage.write_bytes < 2.5 * SIZE
+    # Once, not twice; below a device of the mapper a loop device syncs its file on the host's disk in the job's name.
+    assert usage.write_bytes is not None and 2 * SIZE <= usage.write_bytes < 4 * SIZE
     assert usage.read_bytes is not None and SIZE <= usage.read_bytes < 1.5 * SIZE
 
 

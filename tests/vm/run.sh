@@ -12,7 +12,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 checkout=$here/../..
 what=("$@")
 [ ${#what[@]} -gt 0 ] || what=(
-    tests/kernel/test_{v2,endings,limits,cgroup_limits,namespaces,leftovers}.py
+    tests/kernel/test_{v2,endings,limits,disks,swap,cgroup_limits,namespaces,leftovers}.py
     tests/library/test_runner_{start,end,reopen}.py
     tests/library/test_{oom_of_helpers,usage}.py
     tests/hostile --ignore=tests/hostile/test_simulated.py

@@ -10,12 +10,13 @@ import fcntl
 import os
 import struct
 
-from tests.hostile.inside.base import Contained, attack, syscall
+from tests.hostile.inside.base import LIBC, Contained, attack, check, syscall
 
 GET_FLAGS, SET_FLAGS, SET_FLAGS_32 = 0x80086601, 0x40086602, 0x40046602
 GET_ATTRIBUTES, SET_ATTRIBUTES = 0x801C581F, 0x401C5820
 ATTRIBUTES = struct.Struct("=5I8x")
 NODUMP_FLAG, NODUMP = 0x40, 0x80
+HERE, FOLLOW = -100, 0x400
 INHERIT_FLAG = 0x20000000
 CLONE = 0x40049409
 FILE_SETATTR = 469
@@ -104,7 +105,8 @@ def link(source: str, target: str) -> str:
 def link_unnamed(source: str, target: str) -> str:
     """A file that was made elsewhere, and gets its first name here."""
     file = os.open(source, os.O_WRONLY | os.O_TMPFILE)
-    os.link(f"/proc/self/fd/{file}", f"{target}/unnamed", follow_symlinks=True)
+    # Python's own os.link() would link the name in /proc.
+    check(LIBC.linkat(HERE, f"/proc/self/fd/{file}".encode(), HERE, f"{target}/unnamed".encode(), FOLLOW))
     return "linked"
 
 

@@ -163,6 +163,7 @@ NO_OVERLAY = "this kernel has no overlay file system: modprobe overlay, or start
 LAYERS = "the directories of the root, and its /etc, do not fit into tmp_size; start it with a higher one"
 HANGS = "a file system of its root or its volumes does not answer, or its CPU limit is too small to be born under"
 FILES = "limits.open_files is above what this host allows its server: ulimit -Hn, LimitNOFILE= of a unit, fs.nr_open"
+KEYS = "each job of a server that is not root needs a key of its user's: raise kernel.keys.maxkeys, or lower max_running"
 REMEDIES = {
     ("idmap", errno.EINVAL): MAPPED,
     ("volume", errno.ELOOP): LINK,
@@ -173,6 +174,7 @@ REMEDIES = {
     ("overlay", errno.ENOSPC): LAYERS,
     ("init", errno.ETIMEDOUT): HANGS,
     ("rlimit", errno.EPERM): FILES,
+    ("keyring", errno.EDQUOT): KEYS,
 }
 """By step and errno."""
 

@@ -249,15 +249,22 @@ class StateDir:
         try:
             with self.projects.removing(path / "work"), self.projects.removing(path / "files"):
                 if path.is_dir() and not path.is_symlink():
-                    if not is_root() and self.owner(path) not in (0, os.geteuid()):
-                        subids.take_over(path / "work")
-                    remove_tree(path)
+                    self._remove_tree(path)
                 else:
                     path.unlink(missing_ok=True)
         except OSError as exc:
             logger.error("cannot remove %s: %s; the next server tries again", path, exc)
             return False
         return True
+
+    def _remove_tree(self, path: Path) -> None:
+        try:
+            remove_tree(path)
+        except PermissionError:  # of another uid's, where the server is not root: it was not taken over, or not all of it
+            if is_root():
+                raise
+            subids.take_over(path / "work")
+            remove_tree(path)
 
     def write_stop(self, job_id: str, request: StopRequest) -> None:
         """Make a stop durable. A later one only shortens the first one's grace period."""

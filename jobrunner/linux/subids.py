@@ -6,6 +6,7 @@ uid's then, so it is taken over by a child in such a namespace, which is root to
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -90,8 +91,10 @@ def take_over(top: Path) -> None:
     OSError; FileNotFoundError if it is not there.
     """
     if top.lstat().st_uid == os.geteuid():
-        reown_tree(top)
-        return
+        # `top` is the first to become his, so what is below may still be a job's: a child before this one was killed.
+        with contextlib.suppress(PermissionError):
+            reown_tree(top)
+            return
     try:
         _in_namespace(granted(), top)
     except LookupError as exc:

@@ -44,6 +44,8 @@ static int set_limits(const struct plan *plan, struct report *why)
 		return fail(why, "rlimit", errno, "open-files");
 	if (plan->processes >= 0 && setrlimit(RLIMIT_NPROC, &processes) != 0)
 		return fail(why, "rlimit", errno, "processes");
+	if (plan->user_namespace)
+		share_limits();
 	/* When the host is out of memory a job goes before the host's own. Where this may not be set, the host's order holds. */
 	int fd = open_own(plan, "/proc/self/oom_score_adj");
 	if (fd >= 0) {

@@ -122,7 +122,9 @@ int own_output(const struct birth *birth, struct report *why)
 /* Order: each step takes away what the one before it needed. */
 int become_the_job(const struct plan *plan, struct report *why)
 {
-	if (plan->protect & PROTECT_KEYRING && new_keyring(why) != 0)
+	/* Whose it is pays for it: root may have as many as there are jobs, an ordinary user 200 (kernel.keys.maxkeys). */
+	const bool pays = has_own_ids(plan), keyring = plan->protect & PROTECT_KEYRING;
+	if (keyring && !pays && new_keyring(why) != 0)
 		return -1;
 	if (plan->protect & PROTECT_CAPABILITIES && drop_bounding(why) != 0)
 		return -1;
@@ -132,6 +134,8 @@ int become_the_job(const struct plan *plan, struct report *why)
 		if (setgroups(0, NULL) != 0 || setresgid(gid, gid, gid) != 0 || setresuid(uid, uid, uid) != 0)
 			return fail(why, "uid", errno, "");
 	}
+	if (keyring && pays && new_keyring(why) != 0)
+		return -1;
 	if (plan->protect & PROTECT_CAPABILITIES && drop_capabilities(why) != 0)
 		return -1;
 	if (plan->protect & PROTECT_NO_NEW_PRIVS && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0)

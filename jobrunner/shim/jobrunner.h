@@ -252,6 +252,7 @@ int open_own(const struct plan *plan, const char *path);
 bool has_own_ids(const struct plan *plan);
 int map_for(const struct plan *plan, pid_t init, struct report *why);
 int map_ids(const struct plan *plan, struct report *why);
+void share_limits(void);
 int isolate(const struct birth *birth, struct report *why);				/* isolate.c */
 int private_mounts(struct report *why);
 int fresh_proc(struct report *why);

@@ -21,12 +21,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "jobrunner.h"
 
 #define HELPER_NS (10000 * MS)
+#define SHARE 8		/* of what the server's user has, one job may have so much: one in */
 
 static uid_t host_uid;
 static gid_t host_gid;
@@ -129,8 +131,51 @@ int map_for(const struct plan *plan, pid_t init, struct report *why)
 }
 
 /*
+ * What the kernel counts by user it counts, in a user namespace, for the owner of that too: the server's own user, who needs an inotify
+ * instance, and all his jobs. What a host lacks needs no bound.
+ */
+static int share_inotify(const struct plan *plan, struct report *why)
+{
+	static const char *const kinds[] = {"instances", "watches"};
+	char path[64], share[24];
+	for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+		snprintf(path, sizeof path, "/proc/sys/fs/inotify/max_user_%s", kinds[i]);
+		int file = open(path, O_RDONLY | O_CLOEXEC);
+		const bool known = file >= 0 && read_text(file);
+		if (file >= 0)
+			close(file);
+		if (!known)
+			continue;
+		snprintf(share, sizeof share, "%lld\n", atoll(scratch) / SHARE);
+		snprintf(path, sizeof path, "/proc/sys/user/max_inotify_%s", kinds[i]);
+		if (write_own(plan, path, share, why) != 0)
+			return -1;
+	}
+	return 0;
+}
+
+/* The same of what is limited by process and counted by user. */
+void share_limits(void)
+{
+	static const int shared[] = {RLIMIT_MSGQUEUE, RLIMIT_SIGPENDING};
+	struct rlimit limit;
+	for (size_t i = 0; i < sizeof shared / sizeof *shared; i++) {
+		if (getrlimit((__rlimit_resource_t)shared[i], &limit) != 0 || limit.rlim_cur == RLIM_INFINITY)
+			continue;
+		limit.rlim_cur = limit.rlim_max = limit.rlim_cur / SHARE;
+		setrlimit((__rlimit_resource_t)shared[i], &limit);
+	}
+}
+
+/* No user namespace is made below this one, which the filter denies as well. */
+static int bound_namespace(const struct plan *plan, struct report *why)
+{
+	return write_own(plan, "/proc/sys/user/max_user_namespaces", "0\n", why) != 0 ? -1 : share_inotify(plan, why);
+}
+
+/*
  * The maps. Without a helper an ordinary user may map one id, his own, and a gid only where setgroups(2) is given up: the groups that
- * he has besides, the job keeps. No user namespace is made below this one, which the filter denies as well.
+ * he has besides, the job keeps.
  */
 int map_ids(const struct plan *plan, struct report *why)
 {
@@ -141,12 +186,12 @@ int map_ids(const struct plan *plan, struct report *why)
 		return fail(why, "userns", EPERM, "root");
 	if (has_own_ids(plan)) {
 		prctl(PR_SET_DUMPABLE, 0);	/* mapped by now */
-		return write_own(plan, "/proc/sys/user/max_user_namespaces", "0\n", why);
+		return bound_namespace(plan, why);
 	}
 	snprintf(uids, sizeof uids, "%lld %u 1\n", (long long)plan->uid, host_uid);
 	snprintf(gids, sizeof gids, "%lld %u 1\n", (long long)plan->gid, host_gid);
 	if (write_own(plan, "/proc/self/uid_map", uids, why) != 0 || write_own(plan, "/proc/self/setgroups", "deny", why) != 0 ||
 	    write_own(plan, "/proc/self/gid_map", gids, why) != 0)
 		return -1;
-	return write_own(plan, "/proc/sys/user/max_user_namespaces", "0\n", why);
+	return bound_namespace(plan, why);
 }

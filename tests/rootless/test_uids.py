@@ -170,6 +170,33 @@ async def test_a_job_that_is_removed_by_the_next_server_leaves_nothing(tmp_path:
         assert not runner.state.directory(job.job_id).exists()
 
 
+def take_over_the_top(directory: Path, uid: int) -> None:
+    into = [f"--map-{kind}={uid},{uid},1" for kind in ("users", "groups")]
+    command = ["unshare", "--user", "--map-root-user", *into, "chown", "0:0", str(directory)]
+    subprocess.run(command, timeout=30, check=True)
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["taken over", "removed"])
+async def test_what_was_taken_over_in_part_is_finished(tmp_path: Path, removed: bool) -> None:
+    """The child that takes it over begins with `work` itself. It was killed with the server; the next one goes on."""
+    async with JobRunner.open(RunnerConfig(state_dir=tmp_path / "state", **CONFIG)) as runner:
+        job = await runner.start(shell("mkdir -p deep/er && touch deep/er/file; chmod 700 deep; echo there; exec sleep 1000"))
+        async with job.log() as reader:
+            assert await reader.next_line() is not None
+        wait_until(lambda: len(commands(job.record.uid)) == 1)
+    os.kill(int(status_field(commands(job.record.uid)[0], "PPid")), signal.SIGKILL)
+    work = runner.state.directory(job.job_id) / "work"
+    take_over_the_top(work, job.record.uid)
+    assert (work.stat().st_uid, (work / "deep").stat().st_uid) == (os.geteuid(), job.record.uid)
+    if removed:
+        work.parent.rename(runner.state.removed / job.job_id)
+    async with open_runner(tmp_path, **CONFIG) as runner:
+        await runner.settled()
+        assert os.listdir(runner.state.removed) == os.listdir(runner.state.leaving) == []
+        assert repr(runner.identities).endswith(" 0 taken>")
+        assert removed or (work / "deep/er/file").stat().st_uid == os.geteuid()
+
+
 async def test_what_the_user_keeps_is_his_own_and_that_is_told(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     config = CONFIG | {"workspaces": True, "offers": Offers(volumes={"data": Volume(tmp_path / "data")})}
@@ -243,3 +270,35 @@ def test_servers_of_a_user_have_parts_of_the_range(tmp_path: Path) -> None:
         assert ids.first <= part.first
         assert part.first + part.count <= ids.first + ids.count
         assert part.count == ids.count // 16
+
+
+TAKE_ALL = """
+import ctypes, os, time
+libc, queues = ctypes.CDLL(None), ctypes.CDLL("librt.so.1")
+taken = {"instances": 0, "queues": 0}
+while libc.inotify_init1(0) >= 0:
+    taken["instances"] += 1
+while queues.mq_open(f"/{taken['queues']}".encode(), os.O_CREAT | os.O_RDWR, 0o600, None) >= 0:
+    taken["queues"] += 1
+print(taken["instances"], taken["queues"], flush=True)
+time.sleep(1000)
+"""
+
+
+async def test_what_is_counted_by_user_no_job_takes_all_of(tmp_path: Path) -> None:
+    """A user namespace's owner pays as well: the server, which follows output by inotify, and its other jobs."""
+    async with open_runner(tmp_path, **CONFIG) as runner:
+        jobs = [await runner.start(JobSpec("/usr/bin/python3", ("-c", TAKE_ALL))) for _ in range(2)]
+        told = []
+        for job in jobs:
+            async with job.log() as reader:
+                line = await reader.next_line()
+            assert line is not None
+            told.append([int(number) for number in line.data.split()])
+        assert told[0] == told[1]
+        most = int(Path("/proc/sys/fs/inotify/max_user_instances").read_text())
+        assert told[0][0] == most // 8
+        assert told[0][1] >= 1
+        charged = {int(line.split(":")[0]) for line in Path("/proc/key-users").read_text().splitlines()}
+        assert os.geteuid() not in charged  # keyrings, of which a user has 200
+        assert {job.record.uid for job in jobs} <= charged

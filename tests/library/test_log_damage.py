@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jobrunner import Gap, Stream
 from jobrunner.output import Begin, Chunk, Selection
-from tests.library.test_log_reader import Owner, collect, open_log
+from tests.library.test_log_reader import Owner, open_log, read_for_client
 from tests.support.logwriter import RECORD, LogWriter
 
 pytestmark = pytest.mark.timeout(240)
@@ -47,8 +47,7 @@ async def read(written: Written, selection: Selection) -> tuple[Begin, list[Chun
     owner.log_end = len(written.bytes)
     owner.end()
     with open_log(written.writer.directory, owner) as log:
-        begin = await (reader := log.reader(selection)).locate()
-        return begin, await collect(reader)
+        return await read_for_client(log, selection)
 
 
 def check(written: Written, selection: Selection, begin: Begin, parts: list[Chunk | Gap]) -> None:

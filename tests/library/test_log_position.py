@@ -19,7 +19,7 @@ from jobrunner.errors import InvalidRequest
 from jobrunner.log import position
 from jobrunner.log.segments import list_segments
 from jobrunner.output import Begin, Chunk, Selection
-from tests.library.test_log_reader import Owner, collect, open_log, text
+from tests.library.test_log_reader import Owner, collect, open_log, read_for_client, text
 from tests.support.logwriter import LogWriter
 
 CLOCK = 1_700_000_000
@@ -349,4 +349,4 @@ async def read_selected(directory: Path, selection: Selection) -> list[Chunk | G
     owner = Owner()
     owner.end()
     with open_log(directory, owner) as log:
-        return await collect(log.reader(selection))
+        return (await read_for_client(log, selection))[1]

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobrunner import Gap, JobInfo, JobStatus, Stream, WouldBlock
+from jobrunner.client.sequence import Sequence
 from jobrunner.errors import JobNotFound, OffsetOutOfRange
 from jobrunner.linux.inotify import Inotify
 from jobrunner.log import ChunkCache, Log, LogReader
 from jobrunner.log.chunks import BLOCK
-from jobrunner.output import Chunk, Selection
+from jobrunner.output import Begin, Chunk, Selection
 from tests.support.logwriter import LogWriter
 
 
@@ -56,6 +57,19 @@ async def collect(reader: LogReader) -> list[Chunk | Gap]:
     with anyio.fail_after(10):
         async with reader:
             return [part async for part in reader]
+
+
+async def read_for_client(log: Log, selection: Selection) -> tuple[Begin, list[Chunk | Gap]]:
+    """Where it begins, and all of it, as a client is sent it: which takes each part for what comes next."""
+    sequence = Sequence(log.owner.job_id, selection)
+    begin = await (reader := log.reader(selection)).locate()
+    if selection.tail is not None or selection.since is not None:
+        sequence.take(begin)
+    parts = await collect(reader)
+    assert reader.end is not None
+    for part in (*parts, reader.end):
+        sequence.take(part)
+    return begin, parts
 
 
 def text(parts: list[Chunk | Gap], stream: Stream | None = None) -> bytes:

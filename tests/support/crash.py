@@ -37,12 +37,17 @@ class Killer:
         command = ["strace", "-qq", "-o", "/dev/null", *what, *who]
         nowhere = subprocess.DEVNULL
         self._strace = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere)
-        wait_until(lambda: all(status_field(thread, "TracerPid") not in ("0", "") for thread in threads), at_most(20))
+        wait_until(lambda: all(map(_is_held, threads)), at_most(20))
 
     def release(self) -> None:
         """Let go of a server that was not killed."""
         self._strace.send_signal(signal.SIGTERM)
         self._strace.wait(20)
+
+
+def _is_held(thread: int) -> bool:
+    """True too of one that is gone: idle ones leave, and a job's own end may be what kills the server, before all are held."""
+    return status_field(thread, "State")[:1] in ("", "Z", "X") or status_field(thread, "TracerPid") != "0"
 
 
 def is_dead(server: ServerProcess, seconds: float = 0.0) -> bool:

@@ -149,13 +149,17 @@ class Cursor:
             return Step.MOVED
         if record is None or record.kind != GAP:
             self.since = None  # what was told as missing may be of that time, and so is all after it
-            return Gap(first, segment.base - 1, "lost" if self.hole else "dropped")
+            return Gap(first, segment.base - 1, self._untold())
         if first < record.end - record.lost:
-            # Segments were dropped that stood before the bytes that the record tells: those first, these when we come again.
+            # Bytes are missing before those that the record tells: those first, these when we come again.
             self.offset = record.end - record.lost
             self.close()
-            return Gap(first, self.offset - 1, "dropped")
+            return Gap(first, self.offset - 1, self._untold())
         return Gap(first, segment.base - 1, record.gap_reason)
+
+    def _untold(self) -> str:
+        """Why bytes are missing before a segment that does not tell of them."""
+        return "lost" if self.hole else "dropped"
 
     def _is_too_early(self, record: Record) -> bool:
         """Whether this is before `since`; no later record is asked once one was not."""
@@ -201,10 +205,12 @@ class Cursor:
         return Gap(first, end.end - 1, "lost")
 
     def _start(self, record: Record) -> int:
-        """Where a record's bytes begin. One that does not say takes up those before it, unless these were nobody's."""
+        """Where a record's bytes begin. One that does not say takes up those before it, unless these were nobody's: but no segment
+        begins with those.
+        """
         if record.size is not None:
             return record.end - record.size
-        return record.end if self.hole else min(self.offset, record.end)
+        return record.end if self.hole and self._number else min(self.offset, record.end)
 
     def _is_wanted(self, record: Record) -> bool:
         if record.kind != DATA or STREAMS[record.stream] not in self._selection.streams or self._is_too_early(record):

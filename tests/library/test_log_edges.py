@@ -256,6 +256,29 @@ async def test_a_damaged_record_hides_nothing_silently_and_holds_nobody_up(
         assert all(part.first <= part.last for part in await read(writer, streams=streams) if isinstance(part, Gap))
 
 
+async def test_what_damage_at_the_end_of_a_segment_takes_is_that_segment_s(tmp_path: Path) -> None:
+    """Nothing of the next one, and it is told as lost: retention had no part in it. Of a shim whose records have no checksum."""
+    writer = LogWriter(tmp_path / "log", checked=False)
+    writer.write("stdout", b"first\n")
+    writer.write("stdout", b"damaged\n")
+    writer.index.write_bytes(writer.index.read_bytes()[: RECORD.size] + b"\7" * RECORD.size)
+    writer.new_segment()
+    writer.write("stderr", b"next\n")
+    parts = await read(writer, follow=False)
+    assert [part if isinstance(part, Gap) else part.data for part in parts] == [b"first\n", Gap(6, 13, "lost"), b"next\n"]
+
+
+async def test_damage_before_lost_writes_is_told_as_damage(tmp_path: Path) -> None:
+    writer = LogWriter(tmp_path / "log")
+    writer.write("stdout", b"first\n")
+    writer.write("stdout", b"damaged\n")
+    writer.index.write_bytes(writer.index.read_bytes()[: RECORD.size] + b"\7" * RECORD.size)
+    writer.lose(10)
+    writer.write("stdout", b"next\n")
+    gaps = [part for part in await read(writer, follow=False) if isinstance(part, Gap)]
+    assert gaps == [Gap(6, 13, "lost"), Gap(14, 23, "write_error")]
+
+
 def drop(writer: LogWriter, *bases: int) -> None:
     """As retention does: the index first."""
     for base in bases:

@@ -8,8 +8,8 @@
  * One program, four processes, each made by the one before; only the command is another program.
  *
  * The launcher (this file) is the server's child for a few milliseconds. It waits until the job's record is durable, reads the item
- * list from its standard input, opens all that can be refused early, makes the shim, and hands on one line. It leaves at once when the job was started, and after the shim
- * when it was not: a start that failed leaves no process.
+ * list from its standard input, opens all that can be refused early, makes the shim, and hands on one line. It leaves at once when the
+ * job was started, and after the shim when it was not: a start that failed leaves no process.
  *
  * The shim (shim.c, supervise.c, copy.c, ctl.c) is the job's only supervisor and outlives the server, of which it holds nothing: no
  * descriptor, no terminal, no cgroup. It copies the job's output into the log (log.c), in a thread of its own, because a disk may

@@ -185,6 +185,7 @@ async def test_what_was_taken_over_in_part_is_finished(tmp_path: Path, removed: 
             assert await reader.next_line() is not None
         wait_until(lambda: len(commands(job.record.uid)) == 1)
     os.kill(int(status_field(commands(job.record.uid)[0], "PPid")), signal.SIGKILL)
+    wait_until(lambda: not runner.state.shim_lives(job.job_id))
     work = runner.state.directory(job.job_id) / "work"
     take_over_the_top(work, job.record.uid)
     assert (work.stat().st_uid, (work / "deep").stat().st_uid) == (os.geteuid(), job.record.uid)

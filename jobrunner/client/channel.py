@@ -55,12 +55,7 @@ _CONFIGURATION = Configuration(
 
 
 class ClientConnection(PatientConnection):
-    """grpclib's, which counts what has arrived."""
-
-    arrived = 0
-
-    def moved(self) -> int:
-        return self.arrived
+    """grpclib's, which may be gone before an answer has been taken."""
 
     def ack(self, stream_id: int, size: int) -> None:
         """What is taken from an answer after the connection has gone needs no acknowledgement."""
@@ -133,7 +128,6 @@ class ClientProtocol(H2Protocol, asyncio.BufferedProtocol):
             self.received_at = asyncio.get_running_loop().time()
             self._reached()
         self._frames.add(nbytes)
-        self.connection.arrived += nbytes
         try:
             for events in self._frames.receive(self.connection._connection):
                 self.connection.flush()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -22,9 +20,6 @@ if TYPE_CHECKING:
     from jobrunner.server.limits import Rate
 
 __all__ = ["ServerConnection", "ServerPeer", "Shared"]
-
-BYTES_ACKED = struct.Struct("=Q")
-"""Of the kernel's `tcp_info` (linux/tcp.h)."""
 
 
 @dataclass(eq=False, slots=True)
@@ -82,10 +77,3 @@ class ServerConnection(PatientConnection):
 
     def get_peer(self) -> ServerPeer:
         return ServerPeer(self.protocol)
-
-    def moved(self) -> int:
-        """Bytes that the peer's kernel has acknowledged: a peer whose windows are small, or full, says nothing for long."""
-        connection: socket.socket | None = self._transport.get_extra_info("socket")
-        if connection is None:
-            return 0  # it has just been closed
-        return int(BYTES_ACKED.unpack_from(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128), 120)[0])

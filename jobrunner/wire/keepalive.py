@@ -1,12 +1,14 @@
 """Whether the peer is still there: grpclib's PINGs, with the patience that they lack.
 
-A PING waits behind what was sent before it, on a slow line for longer than a dead peer is waited for. As long as bytes arrive, its
-answer is on the way.
+A PING waits behind what was sent before it, and its answer behind what the peer has sent: on a slow line for longer than a dead
+peer is waited for. As long as bytes arrive at either end, the answer is on the way.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from typing import Any, Self
 
 from grpclib.protocol import Connection
@@ -21,6 +23,9 @@ KEEPALIVE: dict[str, Any] = {
     "_http2_min_sent_ping_interval_without_data": 10,
 }
 """Of a grpclib configuration, in seconds: a dead peer is found within 30 s."""
+ARRIVED = struct.Struct("=QQ")
+ARRIVED_AT = 120
+"""In the kernel's `tcp_info` (linux/tcp.h): bytes that the peer has acknowledged, and that have come from it."""
 TRICKLE = 1024
 """Bytes that tell nothing: a PING itself, and what a kernel says where the process hangs."""
 
@@ -38,8 +43,12 @@ class PatientConnection(Connection):
         return own
 
     def moved(self) -> int:
-        """Bytes that have arrived so far, whether here or at the peer's."""
-        raise NotImplementedError
+        """Bytes that have arrived so far, here and at the peer: one whose windows are small, or full, says nothing for long."""
+        connection: socket.socket | None = self._transport.get_extra_info("socket")
+        if connection is None:
+            return 0  # it has just been closed
+        told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, ARRIVED_AT + ARRIVED.size)
+        return sum(ARRIVED.unpack_from(told, ARRIVED_AT))
 
     def _ping(self) -> None:
         waiting = self._close_by_ping_handler

@@ -94,11 +94,17 @@ async def test_a_silent_follow_survives_a_proxy_that_drops_idle_connections(
     assert data == b"begin\nend\n"
 
 
-async def test_a_slow_line_is_no_dead_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PINGs of both sides wait behind a megabyte of output: for longer than one who is dead would be waited for."""
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides ask twice a second, and wait for a second."""
     often: dict[str, Any] = {"_keepalive_time": 0.5, "_keepalive_timeout": 1, "_http2_min_sent_ping_interval_without_data": 0.1}
     monkeypatch.setattr(channel, "_CONFIGURATION", replace(channel._CONFIGURATION, **often))
     monkeypatch.setattr(http2, "CONFIGURATION", replace(CONFIGURATION, **often))
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_slow_line_is_no_dead_peer(tmp_path: Path) -> None:
+    """PINGs of both sides wait behind a megabyte of output: for longer than one who is dead would be waited for."""
     size = channel.STREAM_WINDOW * 3 // 2
     async with serving(tmp_path) as running, proxy_to(running.address) as proxy:
         proxy.rate = channel.STREAM_WINDOW / 4
@@ -109,6 +115,17 @@ async def test_a_slow_line_is_no_dead_peer(tmp_path: Path, monkeypatch: pytest.M
                 async with job.log() as reader:
                     assert sum([len(part.data) async for part in reader if isinstance(part, Chunk)]) == size
         assert proxy.accepted == 1
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_who_sends_on_a_slow_line_is_not_dead(tmp_path: Path) -> None:
+    """As above, behind a request: the client's PINGs, and its answers to the server's. Impatient, neither would end it."""
+    window = CONFIGURATION.http2_stream_window_size
+    async with serving(tmp_path) as running, proxy_to(running.address, rate_up=window / 4) as proxy:
+        own = running.pair("admin", "admin")
+        with fail_after(50):
+            async with JobClient(proxy.address, ca=running.authority.pem, cert=own.cert, key=own.key) as client:
+                await client.start("true", "x" * (window * 3 // 4), "y" * (window * 3 // 4))
 
 
 async def test_a_peer_that_answers_nothing_any_more_is_dead_though_its_kernel_is_not(

@@ -20,7 +20,7 @@ SLOW = 4096
 class Proxy:
     """`address` is where clients connect. What goes to the server is never cut short by itself."""
 
-    def __init__(self, target: str, budget: Callable[[], int | None]) -> None:
+    def __init__(self, target: str, budget: Callable[[], int | None], rate_up: float | None) -> None:
         self.target = target
         """May be changed: new connections go there."""
         self.cuts = 0
@@ -35,6 +35,8 @@ class Proxy:
         """Seconds without a byte from the server after which a connection is cut."""
         self.rate: float | None = None
         """Bytes in a second that are taken from the server, and no more than a few are held."""
+        self.rate_up = rate_up
+        """The same of clients."""
         self.accepted = 0
         self._budget = budget
         self._connections: set[asyncio.Task[None]] = set()
@@ -69,7 +71,7 @@ class Proxy:
         except OSError:
             own.close()
             return  # the server is away: its clients see a connection that is closed
-        up = asyncio.create_task(_up(reader, to_server))
+        up = asyncio.create_task(self._up(reader, to_server))
         try:
             if await self._down(from_server, writer):
                 self.cuts += 1
@@ -106,14 +108,15 @@ class Proxy:
         except TimeoutError:
             return None
 
-
-async def _up(reader: asyncio.StreamReader, to_server: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(65536):
-            to_server.write(data)
-            await to_server.drain()
-        # The client is gone; so that the other direction ends as well:
-        to_server.transport.abort()
+    async def _up(self, reader: asyncio.StreamReader, to_server: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536 if self.rate_up is None else SLOW):
+                to_server.write(data)
+                await to_server.drain()
+                if self.rate_up is not None:
+                    await asyncio.sleep(len(data) / self.rate_up)
+            # The client is gone; so that the other direction ends as well:
+            to_server.transport.abort()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
@@ -124,11 +127,16 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 
 
 @asynccontextmanager
-async def proxy_to(target: str, budget: Callable[[], int | None] = lambda: None) -> AsyncIterator[Proxy]:
+async def proxy_to(
+    target: str, budget: Callable[[], int | None] = lambda: None, rate_up: float | None = None
+) -> AsyncIterator[Proxy]:
     """A proxy to HOST:PORT; `budget` gives for each connection the bytes from the server after which it is cut, None for never."""
-    proxy = Proxy(target, budget)
-    server = await asyncio.start_server(proxy.accept, "127.0.0.1", 0)
-    proxy.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    proxy = Proxy(target, budget, rate_up)
+    listening = socket.create_server(("127.0.0.1", 0))
+    if rate_up is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW)  # before anyone connects, who is told how much it takes
+    server = await asyncio.start_server(proxy.accept, sock=listening, limit=SLOW)
+    proxy.address = f"127.0.0.1:{listening.getsockname()[1]}"
     try:
         yield proxy
     finally:

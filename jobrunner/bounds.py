@@ -45,7 +45,7 @@ class Bounds:
     max_connections: int = _bound(checked.whole, 512, 1, MANY)
     max_connections_per_user: int = _bound(checked.whole, 256, 1, MANY)
     max_pending_handshakes: int = _bound(checked.whole, 256, 1, MANY)
-    """When as many are in their handshake, the oldest gives way to the newest."""
+    """When as many are in their handshake, an old one gives way to the newest."""
     handshake_timeout: float = _bound(checked.seconds, 5.0, 0.1, 3600)
     max_streams_per_connection: int = _bound(checked.whole, 100, 1, MANY)
     """Calls at once on one connection."""

@@ -35,7 +35,7 @@ from jobrunner.server.limits import Rate
 from jobrunner.server.listening import address_of, bound_address, listen, stop_accepting
 from jobrunner.server.shared import ServerPeer, Shared
 from jobrunner.server.stream import ServerStream
-from jobrunner.server.tcp import Listener, TlsConnection
+from jobrunner.server.tcp import ACCEPTS, Listener, TlsConnection
 from jobrunner.server.trust import Trust
 from jobrunner.wire.codec import StrictCodec
 
@@ -50,8 +50,6 @@ DISMISS_TIMEOUT = 0.5
 ENDLESS = frozenset({"SubscribeOutput", "Wait", "ServerReflectionInfo"})
 """Calls that only wait or stream: nothing is cut in half when they end at once. Health's Watch ends by itself."""
 HEALTH = "/grpc.health."
-ACCEPTS = 16
-"""Connections accepted at once: far fewer than handshakes may be pending, so that who speaks is heard before it has to give way."""
 FRAMES_BURST = 3.0
 """Seconds' worth of small frames that may come at once; of calls it is more, but a flood is handled to the end of what was read."""
 

@@ -13,6 +13,7 @@ import ssl
 from asyncio import sslproto
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from jobrunner.server.listening import address_of
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from jobrunner.bounds import Bounds
     from jobrunner.server.account import Account
 
-__all__ = ["Listener", "Refused", "TlsConnection", "verified_chain"]
+__all__ = ["ACCEPTS", "Listener", "Refused", "TlsConnection", "verified_chain"]
 
 
+ACCEPTS = 16
+"""Connections accepted at once: far fewer than handshakes may be pending, so that who speaks is heard before it has to give way."""
 STEPS, STEPS_OF_ALL = 4, 8
 """Of the handshakes of one address, and of all, in a turn of the loop: each has two, of about a millisecond."""
 
@@ -102,13 +105,19 @@ class Listener:
         self.account.refused({"address": address}, "max_connections", f"there are {self._max_connections} connections")
 
     def _give_way(self) -> None:
-        """Drop the oldest that has said nothing, else the oldest: an honest handshake is over within milliseconds, so who is in
-        it the longest is the least likely to be one. Refusing the newest would let a few silent peers keep everybody out.
+        """Drop the oldest that has said nothing, else the oldest that is not alone from its address, else the oldest.
+
+        An honest handshake is over within milliseconds, so who is in it the longest is the least likely to be one. Refusing the
+        newest would let a few silent peers keep everybody out. Of the newest, who were accepted at once or just before, nothing
+        can have been read: they would drop each other.
         """
-        silent = (connection for connection in self.pending if not connection.heard)
-        oldest = next(silent, None) or next(iter(self.pending))
+        to_be_heard = islice(self.pending, max(0, len(self.pending) - 2 * ACCEPTS))
+        silent = (connection for connection in to_be_heard if not connection.heard)
+        hosts = Counter(connection.host for connection in self.pending)
+        crowd = (connection for connection in self.pending if hosts[connection.host] > 1)
+        oldest = next(silent, None) or next(crowd, None) or next(iter(self.pending))
         del self.pending[oldest]
-        reason = f"there are {self._max_pending} handshakes, and this one has lasted the longest"
+        reason = f"there are {self._max_pending} handshakes, and this one has lasted for long"
         self.account.refused({"address": oldest.address}, "max_pending_handshakes", reason)
         oldest.abort()
 

@@ -60,10 +60,53 @@ async def test_of_the_handshakes_too_many_the_oldest_gives_way(tmp_path: Path, c
         for _, writer in waiting:
             writer.transport.abort()
     assert any(
-        text.endswith("there are 2 handshakes, and this one has lasted the longest (max_pending_handshakes)")
+        text.endswith("there are 2 handshakes, and this one has lasted for long (max_pending_handshakes)")
         for text in caplog.messages
     )
     assert not any("an unknown address" in text for text in caplog.messages)
+
+
+async def test_clients_that_come_at_once_give_way_to_each_other_in_no_flood(tmp_path: Path) -> None:
+    """All places are held by peers who have said a byte. Nothing of a client can have been read when the next one comes."""
+    async with serving(tmp_path, max_pending_handshakes=8) as running:
+        context, pending = client_context(running), running.server.listener.pending
+        stalled = [await Handshake(context).connect(running.address) for _ in range(8)]
+        for peer in stalled:
+            await peer.send(1)
+        await eventually(lambda: len(pending) == 8 and all(connection.heard for connection in pending))
+        async with anyio.create_task_group() as clients:
+            for _ in range(4):
+                clients.start_soon(_shake_hands, running)
+        for peer in stalled:
+            peer.vanish()
+
+
+async def test_who_comes_alone_from_his_address_does_not_give_way_to_many_of_another(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_pending_handshakes=4) as running:
+        host, _, port = running.address.rpartition(":")
+        pending = running.server.listener.pending
+        peers = []
+        for number, own in enumerate(("127.0.0.2", *["127.0.0.3"] * 9)):
+            _, writer = await asyncio.open_connection(host, int(port), local_addr=(own, 0))
+            writer.write(b"\x16")
+            peers.append(writer)
+            await eventually(lambda: any(each.address.endswith(_port(writer)) and each.heard for each in pending))  # noqa: B023
+            assert len(pending) == min(number + 1, 4)
+        assert [connection.host for connection in pending] == ["127.0.0.2", *["127.0.0.3"] * 3]
+        for writer in peers:
+            writer.transport.abort()
+
+
+def _port(writer: asyncio.StreamWriter) -> str:
+    return f":{writer.get_extra_info('sockname')[1]}"
+
+
+async def _shake_hands(running: Running) -> None:
+    peer = await Handshake(client_context(running)).connect(running.address)
+    with anyio.fail_after(10):
+        await peer.send(1 << 20)
+        assert await peer.reader.read(1)
+    peer.vanish()
 
 
 async def test_peers_that_come_and_go_leave_nothing(tmp_path: Path) -> None:

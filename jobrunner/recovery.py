@@ -161,7 +161,7 @@ async def settle(runner: JobRunner, job: RunnerJob) -> None:
         logger.error("cannot remove cgroup of job %s: it is still busy; its uid stays taken", job.job_id)
     elif settled:
         runner.identities.give_back(job.record.uid)
-    else:
+    elif left.ran:
         await _give_back(runner, job.job_id, job.record.uid)
 
 
@@ -186,11 +186,14 @@ def _settle_now(runner: JobRunner, job: RunnerJob) -> tuple[Left, bool | None]:
 
 
 def _mark(runner: JobRunner, job_id: str, ran: bool) -> bool:
-    """From here on it is settled for a later server too; True if its uid is free as well."""
+    """From here on it is settled for a later server too; True if its uid is free as well. One that never ran is removed: it has its
+    uid while anything is left of it.
+    """
     try:
         if ran:
             return runner.state.settle(job_id)
         runner.state.remove(job_id)
+        return not os.path.lexists(runner.state.removed / job_id)
     except OSError as exc:  # it has its marker still, so the next server does it
         logger.error("cannot settle job %s: %s", job_id, exc)
     return False

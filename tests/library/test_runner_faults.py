@@ -151,6 +151,29 @@ async def test_a_job_whose_shim_was_killed_ended_when_it_was_found_and_stays_so(
     assert again.ended == pytest.approx(info.ended, abs=0.01)
 
 
+async def test_a_job_that_never_ran_and_cannot_be_removed_is_the_next_server_s_and_keeps_its_uid(tmp_path: Path) -> None:
+    async with open_runner(tmp_path, job_uids=(1_879_048_192, 2)) as runner:  # the first is that of files of workspaces
+        job = await runner.start(JobSpec("sleep", ("100",)))
+        directory, removed = runner.state.directory(job.job_id), runner.state.removed
+        for path in (directory / "exit", *(directory / "log").iterdir()):
+            path.unlink()  # as of a shim that died before it let the command go
+        removed.rmdir()
+        removed.touch()
+        for pid in shims_below(tmp_path):
+            os.kill(pid, 9)
+        with anyio.fail_after(20):
+            await job.wait()
+            await runner.settled()
+        assert (runner.state.running / job.job_id).exists()
+        with pytest.raises(LimitReached, match="all 1 uids are of running jobs"):
+            await runner.start(JobSpec("true"))
+    removed.unlink()
+    async with open_runner(tmp_path, job_uids=(1_879_048_192, 2)) as runner:
+        assert await runner.list() == []
+        assert not directory.exists()
+        assert (await run(runner, JobSpec("true"))).exit_code == 0
+
+
 async def test_what_a_crash_left_of_a_record_is_removed(tmp_path: Path) -> None:
     async with open_runner(tmp_path) as runner:
         await run(runner, JobSpec("true"))

@@ -258,7 +258,7 @@ int private_mounts(struct report *why);
 int fresh_proc(struct report *why);
 int private_root(const struct plan *plan, struct report *why);				/* root.c */
 bool plan_has_root(const struct plan *plan);
-int show_sealed(int root, const char *path, const char *source, bool directory, struct report *why);
+int show_sealed(int root, const char *path, int at, const char *source, bool directory, struct report *why);
 int enter_root(int root, struct report *why);
 int overlay_begin(const struct plan *plan, struct report *why);				/* overlay.c */
 int overlay_show(int root, const struct plan *plan, const char *path, const char *source, struct report *why);

@@ -179,25 +179,35 @@ static int cover(int root, const struct plan *plan, const char *path, int lower,
 	return result;
 }
 
-/* A directory that is open to all gets a layer, everything else is as in a root that cannot be written to. */
-static int show_mount(int root, const struct plan *plan, const char *path, const char *source, struct report *why)
+/* A directory that is open to all gets a layer, everything else is as in a root that cannot be written to. Takes `place`. */
+static int show_mount(int root, const struct plan *plan, const char *path, int place, struct report *why)
 {
 	struct stat st;
-	int place = open(source, O_PATH | O_NOFOLLOW | O_CLOEXEC), lower = -1, result;
-	if (place < 0 || fstat(place, &st) != 0)
-		return errno == ENOENT ? 0 : fail(why, "overlay", errno, source);
-	if (!S_ISDIR(st.st_mode) || (st.st_mode & OPEN_TO_ALL) != OPEN_TO_ALL) {
-		close(place);
-		return show_sealed(root, path, source, S_ISDIR(st.st_mode), why);
+	int lower = -1, result;
+	if (fstat(place, &st) != 0) {
+		result = fail(why, "overlay", errno, path);
+	} else if (!S_ISDIR(st.st_mode) || (st.st_mode & OPEN_TO_ALL) != OPEN_TO_ALL) {
+		result = show_sealed(root, path, place, "", S_ISDIR(st.st_mode), why);
+	} else {
+		lower = openat(place, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+		result = lower < 0 ? -1 : cover(root, plan, path, lower, st.st_mode);
+		if (result != 0)
+			fail(why, "overlay", errno, path);
 	}
-	lower = openat(place, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	result = lower < 0 ? -1 : cover(root, plan, path, lower, st.st_mode);
-	if (result != 0)
-		fail(why, "overlay", errno, source);
 	close(place);
 	if (lower >= 0)
 		close(lower);
 	return result;
+}
+
+/* -1 and ENOENT if it is not there any more. */
+static int open_place(const char *source, uint64_t resolve)
+{
+	struct open_how how = {.flags = O_PATH | O_NOFOLLOW | O_CLOEXEC, .resolve = resolve};
+	int place = (int)syscall(SYS_openat2, AT_FDCWD, source, &how, sizeof how);
+	if (place < 0 && errno == ELOOP && resolve)
+		errno = ENOENT;
+	return place;
 }
 
 /* The mount point of a line of mountinfo, in which a space is \040 (proc(5)); false if it is none. */
@@ -218,7 +228,10 @@ static bool mount_point(const char *line, char point[PATH_MAX])
 	return *line == ' ';
 }
 
-/* An overlay shows what is under the mounts of its lower layer. So these are shown by themselves, in the order of mountinfo. */
+/*
+ * An overlay shows what is under the mounts of its lower layer. So these are shown by themselves, in the order of mountinfo. In a named
+ * root that is a volume too a job may have put a link where mountinfo had a directory: there is no mount then.
+ */
 static int show_mounts_below(int root, const struct plan *plan, const char *path, const char *source, struct report *why)
 {
 	char top[PATH_MAX], point[PATH_MAX], place[PATH_MAX], link[32];
@@ -236,7 +249,10 @@ static int show_mounts_below(int root, const struct plan *plan, const char *path
 			continue;
 		if ((size_t)snprintf(place, sizeof place, "%s%s", path, point + length) >= sizeof place)
 			return fail(why, "overlay", ENAMETOOLONG, point);
-		if (show_mount(root, plan, place, point, why) != 0)
+		const int mount = open_place(point, RESOLVE_NO_SYMLINKS);
+		if (mount < 0 && errno != ENOENT)
+			return fail(why, "overlay", errno, point);
+		if (mount >= 0 && show_mount(root, plan, place, mount, why) != 0)
 			return -1;
 	}
 	return 0;
@@ -255,8 +271,10 @@ static int read_mounts(struct report *why)
 
 int overlay_show(int root, const struct plan *plan, const char *path, const char *source, struct report *why)
 {
-	const int before = n_layers;
-	if (show_mount(root, plan, path, source, why) != 0)
+	const int before = n_layers, place = open_place(source, 0);
+	if (place < 0)
+		return errno == ENOENT ? 0 : fail(why, "overlay", errno, source);
+	if (show_mount(root, plan, path, place, why) != 0)
 		return -1;
 	return n_layers == before ? 0 : show_mounts_below(root, plan, path, source, why);	/* one that is sealed has them */
 }

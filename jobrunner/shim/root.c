@@ -31,13 +31,13 @@
 /* What is always the job's own, whatever a named root has there. */
 static const char *const OWN[] = {"proc", "sys", "dev", "tmp", "work", "volumes", "workspace"};
 
-/* With all that is mounted below. */
-int show_sealed(int root, const char *path, const char *source, bool directory, struct report *why)
+/* What is at `source` (below `at`, itself if it is empty), with all that is mounted below. */
+int show_sealed(int root, const char *path, int at, const char *source, bool directory, struct report *why)
 {
-	int mount = mount_clone(AT_FDCWD, source, SEALED, true);
+	int mount = mount_clone(at, source, SEALED, true);
 	int target = mount < 0 ? -1 : directory ? make_directory(root, path) : make_file(root, path);
 	if (target < 0 || mount_put(mount, target) != 0)
-		return fail(why, "root", errno, source);
+		return fail(why, "root", errno, *source ? source : path);
 	close(mount);
 	close(target);
 	return 0;
@@ -59,7 +59,7 @@ static int show(int root, const struct plan *plan, const char *path, const char 
 	}
 	if (plan->writable && S_ISDIR(st.st_mode))
 		return overlay_show(root, plan, path, source, why);
-	return show_sealed(root, path, source, S_ISDIR(st.st_mode), why);
+	return show_sealed(root, path, AT_FDCWD, source, S_ISDIR(st.st_mode), why);
 }
 
 static bool is_own(const char *name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -184,6 +186,43 @@ def test_a_closed_mount_stays_closed(job: ShimJob, shown: Path) -> None:
         said = writing(job, f"cat {below}/key; mv {below} {shown}/moved; rmdir {below}; ls {shown}", show=(*SHOW, str(shown)))
     assert said.endswith("\nclosed\n")
     assert "secret" not in said
+
+
+@contextmanager
+def changing_places(one: Path, other: Path) -> Iterator[None]:
+    """Two names of a directory, exchanged all the time, as a job may do in a volume; at the end both are as they were."""
+    libc, over, first = ctypes.CDLL(None), threading.Event(), one.lstat().st_ino
+
+    def exchange() -> None:
+        while not over.is_set() or one.lstat().st_ino != first:
+            libc.renameat2(-1, os.fsencode(one), -1, os.fsencode(other), 2)
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_link_where_something_was_mounted_leads_no_birth_elsewhere(shown: Path, tmp_path: Path) -> None:
+    """Mounts are shown by the paths that mountinfo has, and these may lead elsewhere by then."""
+    host, place, link = tmp_path / "host", shown / "a", shown / "b"
+    for directory in (host / "m", place / "m"):
+        directory.mkdir(mode=0o755, parents=True)
+    (host / "m/key").write_text("secret")
+    link.symlink_to(host)
+    how: dict[str, Any] = {"show": (str(shown), "/usr", "/bin", "/lib", "/lib64"), "uid": UID, "gid": UID, "writable": True}
+    started = 0
+    with mounted(place / "m", "-t", "tmpfs", "-o", "mode=755", "none"), changing_places(place, link):
+        for number in range(8):
+            with shim_job(tmp_path / str(number)) as job:
+                if job.shell(f"cat {place}/m/key {link}/m/key; true", **how).started:
+                    job.wait()
+                    started += 1
+                    assert b"secret" not in job.output()
+    assert started
 
 
 def test_a_named_root_can_be_written_to(job: ShimJob, shown: Path) -> None:

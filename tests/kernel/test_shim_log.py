@@ -138,7 +138,10 @@ def test_segments_follow_one_another_without_a_gap(job: ShimJob) -> None:
 
 
 def test_a_segment_may_be_of_one_byte(job: ShimJob) -> None:
-    job.shell("for i in 1 2 3; do echo $i; sleep 0.02; done", segment_bytes=1)
+    job.shell(f"for i in 1 2 3; do echo $i; while ! [ -e {job.directory}/$i ]; do sleep 0.01; done; done", segment_bytes=1)
+    for number in (1, 2, 3):
+        job.wait_output(b"%d\n" % number)
+        (job.directory / str(number)).touch()
     job.wait()
     assert job.output() == b"1\n2\n3\n"
     assert job.segments() == [0, 2, 4]
@@ -147,8 +150,11 @@ def test_a_segment_may_be_of_one_byte(job: ShimJob) -> None:
 @pytest.mark.parametrize("more", [b"", b"x"])
 def test_a_segment_that_is_exactly_full_has_the_end_or_the_next_begins(job: ShimJob, more: bytes) -> None:
     full = 4096 - 32
-    code = f"import os, time\nos.write(1, bytes({full})); time.sleep(0.01); os.write(1, {more!r})"
-    job.start(*python(code), segment_bytes=4096)
+    seen = job.directory / "seen"
+    wait = f"while not os.path.exists({str(seen)!r}): time.sleep(0.01)"
+    job.start(*python(f"import os, time\nos.write(1, bytes({full}))\n{wait}\nos.write(1, {more!r})"), segment_bytes=4096)
+    job.wait_output(bytes(full))
+    seen.touch()
     job.wait()
     assert job.segments() == [0, full][: 1 + len(more)]
     assert job.output() == bytes(full) + more

@@ -13,6 +13,7 @@ import ssl
 from asyncio import sslproto
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -175,6 +176,8 @@ class TlsConnection(sslproto.SSLProtocol):
         )._ssl_buffer = bytearray()  # asyncio makes another when the peer says something; most of a flood never does
         self._listener = listener
         self._socket: asyncio.Transport | None = None
+        self._give_up_turn: Callable[[], None] | None = None
+        """While its handshake waits to go on."""
         self.heard = False
         """Whether the peer has said anything."""
         self.client: Any = None
@@ -201,10 +204,13 @@ class TlsConnection(sslproto.SSLProtocol):
             super().buffer_updated(nbytes)
             return
         self._socket.pause_reading()
-        self._listener.turns(self.host).take(self.host, lambda: self._go_on(nbytes))
+        turns, step = self._listener.turns(self.host), partial(self._go_on, nbytes)
+        self._give_up_turn = partial(turns.forget, self.host, step)
+        turns.take(self.host, step)
 
     def _go_on(self, nbytes: int) -> None:
         """With the handshake. What has come is still in the buffer, as nothing was read since."""
+        self._give_up_turn = None
         if self._socket is None or self._socket.is_closing():
             return
         self._socket.resume_reading()
@@ -241,6 +247,9 @@ class TlsConnection(sslproto.SSLProtocol):
         super()._check_handshake_timeout()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        if self._give_up_turn is not None:
+            self._give_up_turn()  # or those who have given way would wait, with all that they hold
+            self._give_up_turn = None
         super().connection_lost(exc)
         self._listener.left(self)
 

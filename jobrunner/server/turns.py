@@ -41,6 +41,12 @@ class Turns:
         self._done[name] += 1
         work()
 
+    def forget(self, name: str, work: Callable[[], None]) -> None:
+        """If it still waits, it is not to be done any more."""
+        queue = self._waiting.get(name, deque())
+        if work in queue:
+            queue.remove(work)  # `_next` takes the name out if it was the last
+
     def _room(self, name: str) -> float:
         """How much more of this name may be done in this turn."""
         return min(self._most - self._done[name], self._of_all - self._done.total())
@@ -51,7 +57,7 @@ class Turns:
             while queue and self._room(name) > 0:
                 self._done[name] += 1
                 self._do(name, queue.popleft())
-            if not self._done[name]:
+            if queue and not self._done[name]:
                 break  # it, and who comes after it, are the first in the next turn
             del self._waiting[name]
             if queue:

@@ -12,6 +12,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from jobrunner.server.turns import Turns
 from tests.support.handshake import Handshake
 from tests.support.http2 import HEADERS, RawPeer, client_context, framed, raw_peer
 from tests.support.server import Running, eventually, serving
@@ -94,6 +95,21 @@ async def test_who_comes_alone_from_his_address_does_not_give_way_to_many_of_ano
             assert len(pending) == min(number + 1, 4)
         assert [connection.host for connection in pending] == ["127.0.0.2", *["127.0.0.3"] * 3]
         for writer in peers:
+            writer.transport.abort()
+
+
+async def test_who_has_given_way_waits_for_no_turn(tmp_path: Path) -> None:
+    """Else a flood that is faster than its handshakes go on would be kept as long as it is."""
+    async with serving(tmp_path, max_pending_handshakes=4) as running:
+        listener = running.server.listener
+        waiting = listener._turns = Turns(0)  # nobody's goes on
+        peers = [await connect(running) for _ in range(20)]
+        for _, writer in peers:
+            writer.write(b"\x16")
+        for reader, _ in peers[:-4]:
+            assert await closed(reader)
+        await eventually(lambda: len(listener.open) == 4 == sum(map(len, waiting._waiting.values())))
+        for _, writer in peers:
             writer.transport.abort()
 
 

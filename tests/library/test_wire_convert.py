@@ -27,7 +27,8 @@ counts = st.none() | st.integers(2, 1 << 22)
 seconds = st.none() | st.integers(1000, 86_400 * micros).map(lambda value: value / micros)
 moments = st.integers(1, 4_000_000_000 * micros).map(lambda value: value / micros)
 labels = st.dictionaries(texts.filter(bool), texts, max_size=3)
-sized = ("memory", "read_bps", "write_bps", "tmp_size", "work_size", "output_limit", "open_files", "read_iops", "write_iops")
+sized = ("memory", "read_bps", "write_bps", "output_limit", "open_files", "read_iops", "write_iops")
+directories = st.none() | st.integers(1 << 16, 1 << 60)
 limits = st.builds(
     Limits,
     cpus=st.none() | st.floats(0.01, 4096.0),
@@ -36,6 +37,7 @@ limits = st.builds(
     idle_timeout=seconds,
     output_policy=st.none() | st.sampled_from(OutputPolicy),
     **dict.fromkeys(sized, sizes),
+    **dict.fromkeys(("tmp_size", "work_size"), directories),
 )
 durations = ("cpu_user", "cpu_system", "throttled", "wall")
 counters = ("memory", "memory_peak", "pids", "pids_peak", "read_bytes", "write_bytes", "read_ops", "write_ops", "oom_kills")

@@ -72,15 +72,18 @@ class Starts:
         limits = self._admit(spec, user)
         # Order: in the same step as the check, or starts at once would pass the bounds together.
         self.under_way[user] += 1
-        starting = self._runner.tasks.spawn(self._start(spec, mark, limits, user))
-        starting.add_done_callback(lambda _: self._is_over(user))
+        starting = self._runner.tasks.spawn(self._counted(spec, mark, limits, user))
         if key:
             catalog.requests.begin(key, mark, starting)
         return await asyncio.shield(starting)
 
-    def _is_over(self, user: str) -> None:
-        self.under_way -= Counter((user,))  # which forgets who has none
-        self._runner.changed.set()
+    async def _counted(self, spec: JobSpec, mark: str, limits: Limits, user: str) -> RunnerJob:
+        try:
+            return await self._start(spec, mark, limits, user)
+        finally:
+            # Order: in the same step in which its job becomes a running one, or others would be refused for one that counts twice.
+            self.under_way -= Counter((user,))  # which forgets who has none
+            self._runner.changed.set()
 
     def _admit(self, spec: JobSpec, user: str) -> Limits:
         """The limits to apply. Raises InvalidRequest for what this host's configuration does not allow."""

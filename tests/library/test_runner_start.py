@@ -10,6 +10,9 @@ import pytest
 
 from jobrunner import JobNotFound, JobSpec, Limits, StartFailed
 from jobrunner.errors import HostError, InvalidRequest, LimitReached, RequestConflict
+from jobrunner.linux.cgroup import JobCgroup
+from jobrunner.record import JobRecord
+from jobrunner.runner import RunnerJob
 from tests.support.runner import cgroup_directories, open_runner, run, run_output, shell
 
 
@@ -101,6 +104,20 @@ async def test_no_more_jobs_than_configured_run_at_once(tmp_path: Path) -> None:
             await runner.start(JobSpec("true"))
         await jobs[0].stop(grace=0)
         await run(runner, JobSpec("true"))
+
+
+async def test_a_job_counts_once_in_the_moment_in_which_its_start_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_runner(tmp_path, max_running=2) as runner:
+        adopt, second = runner.adopt, list[asyncio.Future[RunnerJob]]()
+
+        def adopt_and_start(record: JobRecord, cgroup: JobCgroup, started: float) -> RunnerJob:
+            second.extend([] if second else [asyncio.ensure_future(runner.start(JobSpec("sleep", ("100",))))])
+            return adopt(record, cgroup, started)
+
+        monkeypatch.setattr(runner, "adopt", adopt_and_start)
+        await runner.start(JobSpec("sleep", ("100",)))
+        await second[0]
+        assert runner.running == 2
 
 
 async def test_an_id_that_does_not_exist_is_not_found(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class Metrics:
         """By bound."""
         self.handshake_failures: Counter[str] = Counter(dict.fromkeys([*FAILURES.values(), "timeout", "closed", "other"], 0))
         self.connections_ended: Counter[str] = Counter()
-        """By the server, and why: a bound, or `protocol`, `alpn`, `resets`, `untrusted`."""
+        """By the server, and why: a bound, or `keepalive`, `protocol`, `alpn`, `resets`, `untrusted`."""
         self.starts = Histogram(START_SECONDS)
         self.bytes_sent = 0
         """Of jobs' output, to followers."""

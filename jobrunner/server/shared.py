@@ -77,3 +77,6 @@ class ServerConnection(PatientConnection):
 
     def get_peer(self) -> ServerPeer:
         return ServerPeer(self.protocol)
+
+    def dead(self) -> None:
+        self.protocol.cut("it answers no PING, and nothing has moved either", "keepalive")

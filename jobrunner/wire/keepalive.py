@@ -66,4 +66,8 @@ class PatientConnection(Connection):
         if self.moved() - before > TRICKLE:
             self._wait_for_answer()
         else:
-            self.close()
+            self.dead()
+
+    def dead(self) -> None:
+        """The peer is."""
+        self.close()

@@ -137,6 +137,7 @@ async def test_a_peer_that_answers_nothing_any_more_is_dead_though_its_kernel_is
         assert (await peer.status(await peer.request("/grpc.health.v1.Health/Check", framed(b""))))[0] == "0"
         peer.pause()
         await eventually(lambda: not running.server.listener.live)
+        assert running.server.account.metrics.connections_ended == {"keepalive": 1}
 
 
 async def test_a_stalled_reader_is_closed_at_once_with_all_that_it_held(tmp_path: Path) -> None:

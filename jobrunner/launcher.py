@@ -45,12 +45,15 @@ class Launcher:
             stack.pop_all()
         return cls(process, items, ours)
 
-    async def run(self, items: bytes) -> Report | None:
-        """Have it start what this list says; what it reports once the command has been executed, or once the start has failed and
-        no process of it is left. None if it went without a word: what became of the start is not known then.
-        """
+    def prepare(self, items: bytes) -> None:
+        """What it is to start. Raises OSError if the list cannot be written."""
         with open(self._items, "wb", closefd=False) as file:
             file.write(items)
+
+    async def run(self) -> Report | None:
+        """Have it start that; what it reports once the command has been executed, or once the start has failed and no process of it
+        is left. None if it went without a word: what became of the start is not known then.
+        """
         heard = b""
         with contextlib.suppress(ConnectionError):  # it was killed
             self._channel.send(GO)

@@ -118,7 +118,11 @@ async def launch(
 
     Raises StartFailed with the step that failed, and then no process is left; LauncherLost if nobody told.
     """
-    report = await launcher.run(pack_plan(_plan(record, cgroup, directory, config, calls, volumes, ids)))
+    try:
+        launcher.prepare(pack_plan(_plan(record, cgroup, directory, config, calls, volumes, ids)))
+    except OSError as exc:
+        raise StartFailed(record.spec.command, "launcher", exc.errno or 0) from exc
+    report = await launcher.run()
     if report is None:
         raise LauncherLost(f'cannot start "{record.spec.command}": the launcher was killed')
     if not report.started:

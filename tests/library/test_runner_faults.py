@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import resource
 import subprocess
 import threading
 import time
@@ -149,6 +151,21 @@ async def test_a_job_whose_shim_was_killed_ended_when_it_was_found_and_stays_so(
     async with open_runner(tmp_path) as runner:
         again = (await runner.get(info.job_id)).info()
     assert again.ended == pytest.approx(info.ended, abs=0.01)
+
+
+async def test_a_list_that_cannot_be_written_is_a_failed_start_and_nothing_is_left(tmp_path: Path) -> None:
+    """It has the filter of system calls, and the record has not: between the two is what a file may have here."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    async with open_runner(tmp_path, job_uids=(1_879_048_192, 2)) as runner:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(runner.calls), limits[1]))
+        try:
+            with pytest.raises(StartFailed) as failed:
+                await runner.start(JobSpec("true"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (failed.value.step, failed.value.errno) == ("launcher", errno.EFBIG)
+        assert list(runner.state.jobs.iterdir()) == []
+        assert (await run(runner, JobSpec("true"))).exit_code == 0
 
 
 async def test_a_job_that_never_ran_and_cannot_be_removed_is_the_next_server_s_and_keeps_its_uid(tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ async def _connected(host: str, port: int) -> socket.socket:
     async def attempt(family: int, address: Any, failed: anyio.Event) -> None:
         nonlocal first
         try:
-            sockets.append(own := socket.socket(family, socket.SOCK_STREAM))
+            # TCP by name: asyncio turns Nagle's algorithm off for no other, and then each call waits 40 ms for an acknowledgement.
+            sockets.append(own := socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
             own.setblocking(False)
             await asyncio.get_running_loop().sock_connect(own, address)
         except OSError as exc:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,29 @@ def silent() -> Iterator[int]:
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         stack.enter_context(socket.create_connection(listening.getsockname()))
         yield listening.getsockname()[1]
+
+
+@pytest.mark.requires("root")
+async def test_nothing_small_waits_for_an_acknowledgement_at_either_end(tmp_path: Path) -> None:
+    async with serving(tmp_path) as running:
+        own = int(running.address.rpartition(":")[2])
+        made = await dial.dial("127.0.0.1", own, client_context(running), Told(), 10)
+        assert made.transport is not None
+        with fail_after(10):
+            while len(ends := connected(own)) < 2:  # noqa: ASYNC110  # the server has its end a turn later
+                await asyncio.sleep(0.01)
+        assert ends == [1, 1]
+        made.transport.abort()
+
+
+def connected(port: int) -> list[int]:
+    """TCP_NODELAY of each socket of this process that has this port at one of its ends, and is no listener."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as same:
+            if same.family == socket.AF_INET and port in (same.getsockname()[1], same.getpeername()[1]):
+                found.append(same.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+    return found
 
 
 @pytest.mark.requires("root")

@@ -241,6 +241,8 @@ async def test_garbage_for_messages(target: ServerProcess, innocent: Innocent) -
                 data = chance.randbytes(chance.randrange(200))
                 told = await peer.status(await peer.request(chance.choice([QUERY, START]), framed(data)))
                 assert told[0] in ("3", "5", "8", "12")
+                if told[0] == "8":  # past max_calls_per_second, and who goes on all the same loses the connection
+                    await anyio.sleep(0.1)
 
     async with attacked(target, innocent) as figures:
         await waves(5 * FACTOR, 5, send)

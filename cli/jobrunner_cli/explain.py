@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jobrunner.job import EndReason, JobInfo, JobStatus
 from jobrunner.spec import signal_name
 from jobrunner.units import format_duration, format_size
-from jobrunner_cli.show import clean, command_line, ending, moment
+from jobrunner_cli.show import NETWORK_HOST, clean, command_line, ending, moment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,12 +46,12 @@ _SHELLS_CODES = {
 
 def explain(info: JobInfo, now: float | None = None) -> str:
     """Paragraphs: how it ended, why, what it met on its way, what to look at next. `now` in seconds since the epoch."""
-    now = time.time() if now is None else now
+    lasted = (info.ended or (time.time() if now is None else now)) - _begun(info)
     parts = [
         f"job {info.job_id}{f' ({clean(info.name)})' if info.name else ''} {_verb(info)}",
-        _history(info, now),
+        _history(info, lasted),
         "\n".join(_why(info)),
-        "\n".join(f"- {text}" for text in _met(info, now)),
+        "\n".join(f"- {text}" for text in _met(info, lasted)),
         f"Its output: jobrunner log {info.job_id}. All that is known of it: jobrunner info {info.job_id}.",
     ]
     return "\n".join(part for part in parts if part)
@@ -61,12 +61,14 @@ def _verb(info: JobInfo) -> str:
     return "is running" if info.status == JobStatus.RUNNING else clean(ending(info))
 
 
-def _history(info: JobInfo, now: float) -> str:
-    begun = info.started or info.created
+def _begun(info: JobInfo) -> float:
+    return info.started or info.created
+
+
+def _history(info: JobInfo, lasted: float) -> str:
     by = f"{clean(info.user)} started it" if info.user else "It was started"
-    lasted = (info.ended or now) - begun
     ran = f"it ran for {format_duration(round(lasted, 3))}" if info.ended else f"it has run for {format_duration(round(lasted, 1))}"
-    return f"{by} at {moment(begun)}, and {ran}: {command_line(info)}"
+    return f"{by} at {moment(_begun(info))}, and {ran}: {command_line(info)}"
 
 
 def _why(info: JobInfo) -> Iterator[str]:
@@ -82,20 +84,19 @@ def _why(info: JobInfo) -> Iterator[str]:
         yield f"A shell ends with {info.exit_code} where {name} ended a command of its own."
 
 
-def _met(info: JobInfo, now: float) -> Iterator[str]:
+def _met(info: JobInfo, lasted: float) -> Iterator[str]:
     """Each bound that the job has felt, and what the host lacks."""
     limits, usage = info.limits, info.usage
     if limits.memory and usage.memory_peak and usage.memory_peak >= _NEARLY * limits.memory:
         yield f"memory: it had {format_size(usage.memory_peak)} of {format_size(limits.memory)} at its peak; --memory gives it more"
     if limits.pids and usage.pids_peak and usage.pids_peak >= limits.pids:
         yield f"processes and threads: it had all {limits.pids} that it may have, and got no more; --pids gives it more"
-    lasted = (info.ended or now) - (info.started or info.created)
     if usage.throttled and usage.throttled >= _HELD_BACK * lasted:
         held = format_duration(round(usage.throttled, 1))
         yield f"CPU: its limit of {limits.cpus} held it back for {held}, counted over all CPUs; --cpus gives it more"
     if info.log_start:
         yield f"output: of {info.log_end} bytes the first {info.log_start} are dropped; --output-limit keeps more"
     if info.network == "none" and info.status == JobStatus.FAILED:
-        yield "network: it had none; --network host gives it the host's, if the server allows it"
+        yield f"network: it had none; {NETWORK_HOST}"
     for text in info.missing:
         yield f"this host: {clean(text)}"

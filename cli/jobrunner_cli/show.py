@@ -16,8 +16,9 @@ from jobrunner.job import EndReason, JobInfo, Limits, Usage, Workspace
 from jobrunner.stdio import STDERR
 from jobrunner.units import format_duration, format_size
 
-__all__ = ["as_json", "clean", "command_line", "details", "ending", "hint", "moment", "table", "workspaces"]
+__all__ = ["NETWORK_HOST", "as_json", "clean", "command_line", "details", "ending", "hint", "moment", "table", "workspaces"]
 
+NETWORK_HOST = "--network host gives it the host's, if the server allows it"
 _MOMENTS = ("created", "started", "ended")
 _SIZES = ("memory", "tmp_size", "work_size", "output_limit", "memory_peak", "read_bytes", "write_bytes")
 _RATES = ("read_bps", "write_bps")
@@ -36,7 +37,7 @@ def hint(info: JobInfo) -> str:
     """
     if info.end_reason != EndReason.EXITED or not info.exit_code or info.network != "none" or not os.isatty(STDERR):
         return ""
-    return "hint: the job had no network; --network host gives it the host's, if the server allows it"
+    return f"hint: the job had no network; {NETWORK_HOST}"
 
 
 def as_json(value: JobInfo | Sequence[JobInfo]) -> str:
